@@ -1,0 +1,60 @@
+"""Text and pictures in, text out: what `sample.py` and the evaluations share (section 5.1 of the paper).
+
+The prompt is a prefix of what training saw, and a reply ends where training put the stop.
+"""
+
+import torch
+
+from .conversation import TEMPLATES, tokenize_conversation
+from .data import collate
+
+
+def stop_of(model, tokenizer) -> tuple[int | None, str | None]:
+    """What ends a reply: a token where the template stops with EOS, else a text, for it can be cut in many ways."""
+    text = TEMPLATES[model.config.template].stop
+    return (tokenizer.eos_id, None) if text is None else (None, text)
+
+
+def prompts(model, tokenizer, conversations, images, device):
+    """Conversations that end with a question, and their pictures (lists of tensors): what `generate` takes."""
+    config = model.config
+    rows = [tokenize_conversation(turns, tokenizer, config.template, config.tokens_per_image, config.image_token_id)
+            for turns in conversations]
+    tokens, _, pixels = collate([(*row, pictures) for row, pictures in zip(rows, images)])
+    lengths = torch.tensor([len(row) for row, _ in rows])
+    return tokens.to(device), pixels if pixels is None else pixels.to(device), lengths
+
+
+def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0, top_p=1.0):
+    """Yield the reply to a conversation piece by piece, as text that will not change any more."""
+    device = model.multi_modal_projector.linear_1.weight.device
+    tokens, pixels, _ = prompts(model, tokenizer, [turns], [images], device)
+    eos_id, stop = stop_of(model, tokenizer)
+    reply, said = [], 0
+    for token in model.generate(tokens, pixels, max_new_tokens, temperature, top_p, eos_id):
+        if token.item() == eos_id:
+            break
+        reply.append(token.item())
+        text = tokenizer.decode(reply)
+        if stop and stop in text:
+            yield text[said : text.index(stop)].rstrip()
+            return
+        sure = len(text) - (len(stop) if stop else 0)  # what follows may be the beginning of the stop
+        if sure > said and not text.endswith("\ufffd"):  # ... or of a character of several bytes
+            yield text[said:sure]
+            said = sure
+    yield tokenizer.decode(reply)[said:]
+
+
+def replies(model, tokenizer, conversations, images, max_new_tokens=64) -> list[str]:
+    """The likeliest replies to a batch of conversations, each with its list of pictures."""
+    device = model.multi_modal_projector.linear_1.weight.device
+    tokens, pixels, lengths = prompts(model, tokenizer, conversations, images, device)
+    eos_id, stop = stop_of(model, tokenizer)
+    steps = list(model.generate(tokens, pixels, max_new_tokens, eos_id=eos_id, lengths=lengths))
+    texts = []
+    for row in torch.stack(steps, dim=1).tolist():  # (B, new tokens)
+        row = row[: row.index(eos_id)] if eos_id in row else row
+        text = tokenizer.decode(row)
+        texts.append((text.split(stop)[0] if stop else text).strip())
+    return texts

@@ -1,0 +1,171 @@
+"""Model folders: config.json beside safetensors, in the layouts that are public for CLIP, LLaMA and LLaVA.
+
+A parameter here is called what the public files call it, up to a prefix; `*_name` below are those prefixes.
+What transformers leaves out of a config.json equals its default, so the defaults here are transformers'.
+Whatever nanollava does not do (another activation, scaled rotary angles, biases) is refused by name.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .files import InputError, read_json, whole_file, write_json
+
+# ---------------------------------------------------------------------------------------------
+# config.json
+
+
+def read_config(folder: str | Path) -> dict:
+    """The config.json of a model folder. Raises InputError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no model folder at {folder}")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model: it has no config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} is not a JSON object")
+    return config
+
+
+def refuse_unless(raw: dict, key: str, supported, default=None) -> None:
+    if raw.get(key, default) not in supported:
+        raise InputError(f"config.json: {key} {raw.get(key)!r} is not supported, only {' or '.join(map(repr, supported))}")
+
+
+def vision_config(raw: dict) -> dict:
+    """The fields of VisionConfig from the config of a CLIP, or of its vision tower alone."""
+    raw = raw.get("vision_config", raw)
+    refuse_unless(raw, "model_type", ("clip_vision_model",), "clip_vision_model")
+    refuse_unless(raw, "hidden_act", ("quick_gelu",), "quick_gelu")
+    defaults = dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
+                    num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5)  # ViT-B/32
+    return {key: raw.get(key, default) for key, default in defaults.items()}
+
+
+def text_config(raw: dict) -> dict:
+    """The fields of LlamaConfig from the config of a LLaMA."""
+    refuse_unless(raw, "model_type", ("llama",), "llama")
+    refuse_unless(raw, "hidden_act", ("silu",), "silu")
+    for key in ("attention_bias", "mlp_bias"):
+        refuse_unless(raw, key, (False,), False)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    refuse_unless(rope, "rope_type", ("default",), rope.get("type", "default"))
+    defaults = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                    num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
+                    rope_theta=rope.get("rope_theta", 10000.0), max_position_embeddings=2048, tie_word_embeddings=False)
+    return {key: raw.get(key, default) for key, default in defaults.items()}
+
+
+def llava_config(raw: dict) -> dict:
+    """The fields of LlavaConfig, its two halves as dicts, from the config of a LLaVA."""
+    refuse_unless(raw, "model_type", ("llava",))
+    refuse_unless(raw, "projector_hidden_act", ("gelu", "linear"), "gelu")
+    refuse_unless(raw, "vision_feature_select_strategy", ("default",), "default")
+    ours = raw.get("nanollava", {})  # what the public layout has no place for
+    return dict(
+        vision=vision_config(raw), text=text_config(raw.get("text_config", {})),
+        projector="linear" if raw.get("projector_hidden_act") == "linear" else "mlp2x_gelu",
+        feature_layer=raw.get("vision_feature_layer", -2),
+        image_token_id=raw.get("image_token_id", raw.get("image_token_index", 32000)),
+        template=ours.get("template", "vicuna_v1"), stage=ours.get("stage", 2),
+    )
+
+
+def llama_json(text: dict) -> dict:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "bos_token_id": 1, "eos_token_id": 2, **text}
+
+
+def clip_json(vision: dict) -> dict:
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **vision}
+
+
+def llava_json(config: dict) -> dict:
+    """The config.json of `asdict(LlavaConfig)`: what LlavaForConditionalGeneration of transformers reads."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": config["image_token_id"], "image_seq_length": (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2,
+        "projector_hidden_act": "linear" if config["projector"] == "linear" else "gelu",
+        "vision_feature_layer": config["feature_layer"], "vision_feature_select_strategy": "default",
+        "vision_config": clip_json(config["vision"]), "text_config": llama_json(config["text"]),
+        "nanollava": {"template": config["template"], "stage": config["stage"]},
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Names: from a public file to a parameter of ours; None skips the tensor
+
+
+def llama_name(name: str) -> str | None:
+    return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+def clip_name(name: str) -> str | None:
+    if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")) or name.endswith("position_ids"):
+        return None
+    return name.removeprefix("vision_model.")
+
+
+def llava_name(name: str) -> str | None:
+    """Three generations of public names to ours."""
+    name = name.removeprefix("model.")
+    if name.startswith("lm_head."):
+        name = f"language_model.{name}"
+    elif name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head.")):
+        name = name.replace("language_model.", "language_model.model.", 1)
+    name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    return None if name.endswith(("position_ids", "rotary_emb.inv_freq")) else name
+
+
+# ---------------------------------------------------------------------------------------------
+# Tensors
+
+
+def read_tensors(folder: str | Path, rename=llama_name) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors by our names, memory-mapped: nothing is read before it is used."""
+    folder = Path(folder)
+    if (folder / "model.safetensors.index.json").is_file():
+        paths = sorted({folder / file for file in read_json(folder / "model.safetensors.index.json")["weight_map"].values()})
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise InputError(f"{folder} holds no *.safetensors")
+    tensors = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if rename(name) is not None:
+                        tensors[rename(name)] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a whole safetensors file: {error}") from error
+    return tensors
+
+
+def load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder, dtype: torch.dtype, device) -> None:
+    """Put tensors in the place of a module's parameters (which may be on the meta device), strictly."""
+    wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is left over" for name in tensors.keys() - wanted.keys()]
+    problems += [f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(wanted[name])}"
+                 for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name]]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"{folder} does not fit its config.json: {'; '.join(sorted(problems)[:5])}{more}")
+    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+
+
+def write(folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], files=()) -> None:
+    """A model folder: config.json comes last, so that a folder with one is whole."""
+    folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in map(Path, files):
+        with whole_file(folder / path.name) as beside:
+            shutil.copyfile(path, beside)
+    with whole_file(folder / "model.safetensors") as beside:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+    write_json(folder / "config.json", config, indent=2)

@@ -1,0 +1,45 @@
+"""Picture files to the pixels that CLIP expects (Radford et al., 2021; the public processor's numbers)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .files import InputError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per channel
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming the file, if it is none."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"no picture at {path}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for a broken file
+        raise InputError(f"{path} is not a picture that Pillow can read: {error}") from error
+
+
+def preprocess(picture: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
+    """A picture to float32 (3, size, size), normalised.
+
+    The shorter side is resized to `size` (bicubic) and the middle cut out; with `pad` the picture is first put
+    on a square of the mean color, as LLaVA-1.5 does, so that nothing is cut off.
+    """
+    picture = picture.convert("RGB")
+    if pad and picture.width != picture.height:
+        side = max(picture.size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        picture = square
+    short = min(picture.size)
+    width, height = (int(size * side / short) for side in picture.size)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)  # (size, size, 3)
+    pixels = (pixels * np.float32(1 / 255) - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

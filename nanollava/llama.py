@@ -1,0 +1,167 @@
+"""LLaMA, the language model f of section 4.1: RMSNorm, rotary attention, SwiGLU, and a KV cache.
+
+Touvron et al., 2023 (arXiv 2302.13971), section 2.2. It takes embeddings, not tokens, for LLaVA puts
+pictures among them. Parameters carry the names of the public LLaMA and Vicuna checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class LlamaConfig:
+    """The size of a language model; the defaults are LLaMA-7B."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # fewer than heads: grouped-query attention; None: as many
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T) to cosines and sines (B, T, 1, head_dim), always in float32.
+
+    Made anew for every call from the positions alone: no buffer that `.to(bfloat16)` could round.
+    """
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None, None] * config.rope_theta ** (-steps / config.head_dim)  # (B, T, 1, head_dim / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn the pair (x[i], x[i + head_dim / 2]) of each head by its angle: the layout of the public weights."""
+    cos, sin = (part.to(x.dtype) for part in angles)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of every layer, with room for `length` tokens a row: token t of a row stands in slot t."""
+
+    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
+
+    def update(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Write k and v (B, T, kv_heads, head_dim) at `positions` (B, T); return all slots of that layer."""
+        self.keys[layer][self.rows, positions] = k
+        self.values[layer][self.rows, positions] = v
+        return self.keys[layer], self.values[layer]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        D, Q, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.grouped = KV != Q
+        self.q_proj = nn.Linear(D, Q * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, KV * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, KV * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(Q * config.head_dim, D, bias=False)
+
+    def forward(self, x, positions, angles, mask=None, cache=None) -> torch.Tensor:
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            slots = cache.update(self.layer, positions, k, v)
+            if mask is not None:
+                k, v = slots
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: a gate decides how much of each hidden feature passes."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, H = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, H, bias=False)
+        self.up_proj = nn.Linear(D, H, bias=False)
+        self.down_proj = nn.Linear(H, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, *where) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *where)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(tokens)  # (B, T) -> (B, T, D)
+
+    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None):
+        """Embeddings (B, T, D) to final hidden states (B, T, D); `lm_head` turns those into logits.
+
+        Without `positions` the tokens stand at 0..T-1 and each sees those before it; a `cache`, if given, is
+        filled. With `positions` (B, T) they go on from the cache: each sees every slot up to its own.
+        """
+        B, T, _ = embeds.shape
+        mask = None
+        if positions is None:
+            positions = torch.arange(T, device=embeds.device).expand(B, T)
+        else:
+            slots = torch.arange(cache.keys.shape[2], device=embeds.device)
+            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, slots)
+        angles = rotary_angles(positions, self.config)
+        x = embeds
+        for block in self.model.layers:
+            x = block(x, positions, angles, mask, cache)
+        return self.model.norm(x)

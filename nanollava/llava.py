@@ -1,0 +1,161 @@
+"""LLaVA: figure 1 of the paper. A vision tower, a projector, a language model.
+
+    picture X_v -> ViT -> Z_v -> projector W -> H_v  \\
+                                                      LLaMA -> answer X_a
+    instruction X_q -> token embeddings -> H_q       /
+
+H_v = W Z_v (equation 1) takes the place of the picture's tokens among the embeddings of the text.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import checkpoint
+from .conversation import IGNORE
+from .llama import KVCache, Llama, LlamaConfig
+from .vision import VisionConfig, VisionTower
+
+
+@dataclass
+class LlavaConfig:
+    vision: VisionConfig
+    text: LlamaConfig
+    projector: str = "linear"  # the paper's; "mlp2x_gelu" is LLaVA-1.5's
+    feature_layer: int = -2  # which block's output is read, counted from the end
+    image_token_id: int = 32000
+    template: str = "vicuna_v1"
+    stage: int = 0  # the last stage of training that this model went through
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.vision.num_patches
+
+
+class Projector(nn.Module):
+    """Z_v to H_v: one linear layer (the paper), or two with GELU between (LLaVA-1.5)."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        D = config.text.hidden_size
+        self.linear_1 = nn.Linear(config.vision.hidden_size, D)
+        self.linear_2 = nn.Linear(D, D) if config.projector == "mlp2x_gelu" else None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.linear_1(features)  # (N, P, D_vision) -> (N, P, D)
+        return x if self.linear_2 is None else self.linear_2(F.gelu(x))
+
+
+class Llava(nn.Module):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Llama(config.text)
+
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W) to the language model's space, H_v (N, P, D). The class token is dropped."""
+        weight = self.multi_modal_projector.linear_1.weight
+        images = images.to(weight.device, self.vision_tower.embeddings.class_embedding.dtype)
+        features = self.vision_tower(images, self.config.feature_layer)[:, 1:]
+        return self.multi_modal_projector(features.to(weight.dtype))
+
+    def splice(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (B, T, D) of tokens (B, T), the picture tokens replaced in reading order by (N, P, D)."""
+        is_image = tokens == self.config.image_token_id
+        wanted, given = int(is_image.sum()), 0 if pictures is None else pictures.shape[0] * pictures.shape[1]
+        if wanted != given:
+            raise ValueError(f"{wanted} picture tokens in the text, but pictures for {given}")
+        embeds = self.language_model.embed(tokens.masked_fill(is_image, 0))
+        if given:
+            embeds = embeds.masked_scatter(is_image[..., None], pictures.to(embeds.dtype))
+        return embeds
+
+    def forward(self, tokens, images=None, labels=None, pictures=None) -> torch.Tensor:
+        """Logits (B, T, V), or with `labels` (B, T) the mean loss over the labels that are not -100.
+
+        tokens: (B, T) int64, ragged rows filled up on the right with anything. images: (N, 3, H, W), all
+        pictures of the batch in reading order; or `pictures`, (N, P, D), what `see` made of them before.
+        With labels, logits are computed only where there is something to learn.
+        """
+        if images is not None:
+            pictures = self.see(images)
+        hidden = self.language_model(self.splice(tokens, pictures))  # (B, T, D)
+        if labels is None:
+            return self.language_model.lm_head(hidden)
+        targets = labels[:, 1:]
+        learned = targets != IGNORE
+        logits = self.language_model.lm_head(hidden[:, :-1][learned])  # (learned tokens, V)
+        return F.cross_entropy(logits.float(), targets[learned])
+
+    @torch.no_grad()
+    def generate(self, tokens, images=None, max_new_tokens=512, temperature=0.0, top_p=1.0, eos_id=None, lengths=None):
+        """Yield the next token of every row, (B,) int64, step by step.
+
+        tokens (B, T): prompts, shorter ones filled up on the right, with their true `lengths` (B,); None: all T.
+        temperature 0 takes the likeliest token; else it is drawn from the likeliest ones that together have
+        probability top_p. With eos_id, a row that ended goes on yielding it, and all stops when all rows ended.
+        """
+        B, T = tokens.shape
+        lengths = torch.full((B,), T, device=tokens.device) if lengths is None else lengths.to(tokens.device)
+        embeds = self.splice(tokens, None if images is None else self.see(images))
+        cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
+        hidden = self.language_model(embeds, cache=cache)[torch.arange(B, device=tokens.device), lengths - 1]
+        ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        for step in range(max_new_tokens):
+            token = choose(self.language_model.lm_head(hidden).float(), temperature, top_p)
+            if eos_id is not None:
+                token = token.masked_fill(ended, eos_id)
+                ended |= token == eos_id
+            yield token
+            if eos_id is not None and ended.all():
+                return
+            positions = (lengths + step)[:, None]  # the slot of a padding token is overwritten before it is seen
+            hidden = self.language_model(self.language_model.embed(token[:, None]), positions, cache)[:, 0]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
+        """A LLaVA folder: one of ours, or of the public Hugging Face layout."""
+        config = checkpoint.llava_config(checkpoint.read_config(folder))
+        config = LlavaConfig(**{**config, "vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])})
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.load(model, checkpoint.read_tensors(folder, checkpoint.llava_name), folder, dtype, device)
+        return model
+
+    @classmethod
+    def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1", feature_layer=-2,
+                   dtype=torch.float32, device="cpu") -> "Llava":
+        """A CLIP folder and a LLaMA folder, with a fresh projector between them."""
+        vision = VisionConfig(**checkpoint.vision_config(checkpoint.read_config(vision_folder)))
+        text = LlamaConfig(**checkpoint.text_config(checkpoint.read_config(llm_folder)))
+        config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size, template=template)
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.load(model.vision_tower, checkpoint.read_tensors(vision_folder, checkpoint.clip_name), vision_folder, dtype, device)
+        checkpoint.load(model.language_model, checkpoint.read_tensors(llm_folder), llm_folder, dtype, device)
+        model.multi_modal_projector = Projector(config).to(device, dtype)
+        return model
+
+    def save_pretrained(self, folder: str | Path, files=()) -> None:
+        """Write config.json and safetensors in the public layout, and copies of `files`, whole or not at all."""
+        checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), checkpoint.llava_tensors(self), files)
+
+
+def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Logits (B, V) to one token a row, (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have already
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    probabilities[:, 0].clamp_(min=1e-9)  # top_p 0 still leaves the likeliest
+    return order.gather(1, torch.multinomial(probabilities, 1))[:, 0]

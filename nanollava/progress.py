@@ -1,0 +1,42 @@
+"""One line of progress on standard error: how far, how fast, how long still."""
+
+import sys
+import time
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """`with Progress("stage 1", 200, "steps") as progress: progress.update(done, "loss 1.23")`.
+
+    On a terminal the line rewrites itself ten times a second; elsewhere a line comes every ten seconds.
+    """
+
+    def __init__(self, label: str, total: int, unit: str):
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.shown = time.monotonic()
+        self.line = ""
+
+    def __enter__(self):
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        elapsed = max(now - self.start, 1e-9)
+        left = clock(elapsed / max(done, 1) * (self.total - done))
+        self.line = (f"{self.label}  {done}/{self.total} {self.unit}  {note + '  ' if note else ''}"
+                     f"{done / elapsed:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left")
+        if now - self.shown >= (0.1 if sys.stderr.isatty() else 10):
+            self.shown = now
+            self.show("\r\033[K" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
+
+    def show(self, before: str, after: str) -> None:
+        print(before + self.line, end=after, file=sys.stderr, flush=True)
+
+    def __exit__(self, *error) -> None:
+        if self.line:
+            self.show("\r\033[K" if sys.stderr.isatty() else "", "\n")

@@ -1,0 +1,38 @@
+"""Text to tokens and back: SentencePiece, as LLaMA uses it (Kudo and Richardson, 2018)."""
+
+from pathlib import Path
+
+import sentencepiece
+
+
+class Tokenizer:
+    """A `tokenizer.model` file, or a folder that holds one.
+
+    Raises FileNotFoundError where there is none, ValueError where the file is something else.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        path = path / "tokenizer.model" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model") from error
+        self.path = path
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+
+    def __len__(self) -> int:
+        return self.pieces.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without BOS or EOS."""
+        return self.pieces.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.pieces.decode([int(token) for token in tokens])
+
+    def piece(self, token: int) -> str:
+        """One token as it stands in the vocabulary, its leading space shown as ▁."""
+        return self.pieces.id_to_piece(int(token))

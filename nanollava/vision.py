@@ -1,0 +1,118 @@
+"""CLIP's vision transformer: the frozen eye of LLaVA, g(X_v) in section 4.1 of the paper.
+
+A picture is cut into patches, each patch becomes a vector, a class token joins them, and a stack of
+pre-norm transformer blocks lets them look at each other (Radford et al., 2021, section 2.4). LLaVA reads
+the patch vectors of the block before the last. Parameters carry the names of the public CLIP checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VisionConfig:
+    """The size of a vision tower; the defaults are CLIP ViT-L/14 at 224 pixels."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Embeddings(nn.Module):
+    """Picture to tokens: a linear map of each patch, a class token in front, learned positions."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, D)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (N, P, D)
+        class_token = self.class_embedding.expand(len(images), 1, -1)  # (N, 1, D)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (N, 1 + P, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
+        B, T, D = x.shape
+        q, k, v = (
+            proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, D / heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block. CLIP's text tower is made of the same blocks, made causal."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), is_causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the public spelling
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's, not LLaVA's
+
+    def forward(self, images: torch.Tensor, layer: int = -2) -> torch.Tensor:
+        """Pictures (N, 3, H, W) to the output of one block, (N, 1 + P, D), the class token first.
+
+        `layer` counts from the end as in the paper: -1 is the last block, -2 the one before. No block
+        beyond it is run, and no final norm.
+        """
+        x = self.pre_layrnorm(self.embeddings(images))
+        for block in self.encoder.layers[: len(self.encoder.layers) + 1 + layer]:
+            x = block(x)
+        return x
