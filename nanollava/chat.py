@@ -7,6 +7,7 @@ import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
 from .data import collate
+from .files import InputError
 
 
 def stop_of(model, tokenizer) -> tuple[int | None, str | None]:
@@ -26,9 +27,16 @@ def prompts(model, tokenizer, conversations, images, device):
 
 
 def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0, top_p=1.0):
-    """Yield the reply to a conversation piece by piece, as text that will not change any more."""
+    """Yield the reply to a conversation piece by piece, as text that will not change any more.
+
+    Raises InputError if the conversation leaves no room for a reply among the tokens that the model can read.
+    """
     device = model.multi_modal_projector.linear_1.weight.device
     tokens, pixels, _ = prompts(model, tokenizer, [turns], [images], device)
+    longest = model.config.text.max_position_embeddings
+    if tokens.shape[1] >= longest:
+        raise InputError(f"the conversation has {tokens.shape[1]} tokens, but the model reads {longest} at most: begin a new one")
+    max_new_tokens = min(max_new_tokens, longest - tokens.shape[1])
     eos_id, stop = stop_of(model, tokenizer)
     reply, said = [], 0
     for token in model.generate(tokens, pixels, max_new_tokens, temperature, top_p, eos_id):
@@ -46,12 +54,13 @@ def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0,
     yield tokenizer.decode(reply)[said:]
 
 
-def replies(model, tokenizer, conversations, images, max_new_tokens=64) -> list[str]:
-    """The likeliest replies to a batch of conversations, each with its list of pictures."""
+def replies(model, tokenizer, conversations, images, max_new_tokens=64, pictures=None) -> list[str]:
+    """The likeliest replies to a batch of conversations, each with its list of images, or all with `pictures`
+    (N, P, D), which are in the language model's space already."""
     device = model.multi_modal_projector.linear_1.weight.device
     tokens, pixels, lengths = prompts(model, tokenizer, conversations, images, device)
     eos_id, stop = stop_of(model, tokenizer)
-    steps = list(model.generate(tokens, pixels, max_new_tokens, eos_id=eos_id, lengths=lengths))
+    steps = list(model.generate(tokens, pixels, max_new_tokens, eos_id=eos_id, lengths=lengths, pictures=pictures))
     texts = []
     for row in torch.stack(steps, dim=1).tolist():  # (B, new tokens)
         row = row[: row.index(eos_id)] if eos_id in row else row

@@ -32,8 +32,9 @@ def read_config(folder: str | Path) -> dict:
 
 
 def refuse_unless(raw: dict, key: str, supported, default=None) -> None:
-    if raw.get(key, default) not in supported:
-        raise InputError(f"config.json: {key} {raw.get(key)!r} is not supported, only {' or '.join(map(repr, supported))}")
+    value = raw.get(key, default)
+    if value not in supported:
+        raise InputError(f"config.json: {key} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
 
 
 def vision_config(raw: dict) -> dict:
@@ -119,6 +120,30 @@ def llava_name(name: str) -> str | None:
         name = name.replace("language_model.", "language_model.model.", 1)
     name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
     return None if name.endswith(("position_ids", "rotary_emb.inv_freq")) else name
+
+
+# ---------------------------------------------------------------------------------------------
+# The linear projector: the public layout has two layers, so ours is linear_1, no activation, an identity
+
+
+SECOND = "multi_modal_projector.linear_2."
+
+
+def llava_tensors(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All tensors of a LLaVA by their public names."""
+    tensors = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in ours.items()}
+    if SECOND + "weight" not in tensors:
+        bias = tensors["multi_modal_projector.linear_1.bias"]
+        tensors[SECOND + "weight"] = torch.eye(len(bias), dtype=bias.dtype)
+        tensors[SECOND + "bias"] = torch.zeros_like(bias)
+    return tensors
+
+
+def drop_identity(tensors: dict[str, torch.Tensor], folder) -> None:
+    """Take the identity out again. Raises InputError if it is none: then the projector is no linear one of ours."""
+    weight, bias = tensors.pop(SECOND + "weight", None), tensors.pop(SECOND + "bias", None)
+    if weight is not None and (bias is None or bias.any() or not torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))):
+        raise InputError(f"{folder}: projector_hidden_act 'linear' is supported only where {SECOND}* is an identity")
 
 
 # ---------------------------------------------------------------------------------------------

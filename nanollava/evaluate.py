@@ -6,15 +6,13 @@ model after stage 1 only (what the projector brings before the language model ha
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from .chat import replies
-
-from .files import InputError, one_line_errors, read_json, write_json
+from .files import one_line_errors, read_json, write_json
 from .image import open_image, preprocess
 from .llava import Llava
 from .progress import Progress
@@ -59,8 +57,9 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     """Columns of percentages by row name, as text."""
     rows = list(next(iter(columns.values())))
     width = max(map(len, rows)) + 2
-    lines = [" " * width + "".join(f"{name:>16}" for name in columns)]
-    lines += [f"{row:<{width}}" + "".join(f"{column[row]:>15.1f}%" for column in columns.values()) for row in rows]
+    lines = [" " * width + "".join(f"{name:>22}" for name in columns)]
+    for row in rows:
+        lines.append(f"{row:<{width}}" + "".join(f"{column[row]:>21.1f}%" if row in column else " " * 22 for column in columns.values()))
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all, and mistakes that are told in one line."""
+"""What the commands share: files that appear whole or not at all, mistakes that are told in one line."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,16 +12,47 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message names it and says what to do about it."""
 
 
+def say(text: str) -> None:
+    """Tell the user something; standard output is for results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command whose docstring says what it does, then gives examples; mistakes take one line."""
+
+    def __init__(self, doc: str, **options):
+        summary, _, examples = doc.partition("\n\n")
+        super().__init__(description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        say(f"error: {message} (see {self.prog} --help)")
+        sys.exit(2)
+
+
+def positive(number: type):
+    """The type of an argument that must be above zero: int or float."""
+
+    def convert(text: str):
+        value = number(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    convert.__name__ = f"positive {number.__name__}"  # argparse: "invalid positive int value: '0'"
+    return convert
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Around a command: a user's mistake ends it with one line on standard error and exit code 2."""
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        say("\nstopped")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,14 +69,15 @@ def whole_file(path: str | Path):
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            yield beside
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:

@@ -16,6 +16,8 @@ def open_image(path: str | Path) -> Image.Image:
     """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming the file, if it is none."""
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I;16"):  # Pillow alone would cut 16 bits to 8, not scale them
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"no picture at {path}") from error

@@ -140,15 +140,18 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(tokens)  # (B, T) -> (B, T, D)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)  # (..., D) -> (..., V)
+
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None):
-        """Embeddings (B, T, D) to final hidden states (B, T, D); `lm_head` turns those into logits.
+        """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.
 
         Without `positions` the tokens stand at 0..T-1 and each sees those before it; a `cache`, if given, is
         filled. With `positions` (B, T) they go on from the cache: each sees every slot up to its own.

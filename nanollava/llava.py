@@ -90,28 +90,30 @@ class Llava(nn.Module):
             pictures = self.see(images)
         hidden = self.language_model(self.splice(tokens, pictures))  # (B, T, D)
         if labels is None:
-            return self.language_model.lm_head(hidden)
+            return self.language_model.logits(hidden)
         targets = labels[:, 1:]
         learned = targets != IGNORE
-        logits = self.language_model.lm_head(hidden[:, :-1][learned])  # (learned tokens, V)
+        logits = self.language_model.logits(hidden[:, :-1][learned])  # (learned tokens, V)
         return F.cross_entropy(logits.float(), targets[learned])
 
     @torch.no_grad()
-    def generate(self, tokens, images=None, max_new_tokens=512, temperature=0.0, top_p=1.0, eos_id=None, lengths=None):
+    def generate(self, tokens, images=None, max_new_tokens=512, temperature=0.0, top_p=1.0, eos_id=None,
+                 lengths=None, pictures=None):
         """Yield the next token of every row, (B,) int64, step by step.
 
         tokens (B, T): prompts, shorter ones filled up on the right, with their true `lengths` (B,); None: all T.
+        images or pictures: as in `forward`.
         temperature 0 takes the likeliest token; else it is drawn from the likeliest ones that together have
         probability top_p. With eos_id, a row that ended goes on yielding it, and all stops when all rows ended.
         """
         B, T = tokens.shape
         lengths = torch.full((B,), T, device=tokens.device) if lengths is None else lengths.to(tokens.device)
-        embeds = self.splice(tokens, None if images is None else self.see(images))
+        embeds = self.splice(tokens, pictures if images is None else self.see(images))
         cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
         hidden = self.language_model(embeds, cache=cache)[torch.arange(B, device=tokens.device), lengths - 1]
         ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for step in range(max_new_tokens):
-            token = choose(self.language_model.lm_head(hidden).float(), temperature, top_p)
+            token = choose(self.language_model.logits(hidden).float(), temperature, top_p)
             if eos_id is not None:
                 token = token.masked_fill(ended, eos_id)
                 ended |= token == eos_id
@@ -128,7 +130,10 @@ class Llava(nn.Module):
         config = LlavaConfig(**{**config, "vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])})
         with torch.device("meta"):
             model = cls(config)
-        checkpoint.load(model, checkpoint.read_tensors(folder, checkpoint.llava_name), folder, dtype, device)
+        tensors = checkpoint.read_tensors(folder, checkpoint.llava_name)
+        if config.projector == "linear":
+            checkpoint.drop_identity(tensors, folder)
+        checkpoint.load(model, tensors, folder, dtype, device)
         return model
 
     @classmethod
@@ -146,8 +151,8 @@ class Llava(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, files=()) -> None:
-        """Write config.json and safetensors in the public layout, and copies of `files`, whole or not at all."""
-        checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), checkpoint.llava_tensors(self), files)
+        """Write config.json and safetensors in the public layout, and copies of `files` (the tokenizer.model)."""
+        checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), checkpoint.llava_tensors(self.state_dict()), files)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -40,3 +40,11 @@ class Progress:
     def __exit__(self, *error) -> None:
         if self.line:
             self.show("\r\033[K" if sys.stderr.isatty() else "", "\n")
+
+
+def progress(items, label: str, unit: str):
+    """The items of a sequence, one by one, with their progress shown."""
+    with Progress(label, len(items), unit) as line:
+        for done, item in enumerate(items, 1):
+            yield item
+            line.update(done)

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from . import teacher
 from .files import InputError, write_json
+from .progress import progress
 
 PICTURE_SIZE = 64  # pixels
 KINDS = {  # and the color of their details: eyes, stripe, beak, door, trunk, wheels, belt
@@ -233,7 +234,8 @@ def name(thing: Thing, things: tuple[Thing, ...], hide: str = "") -> str | None:
 
 
 # Each of these writes one question and its only right answer about a scene, or None where the scene has none.
-# Answers that need more than one look (count, relation, same color) look first and conclude last.
+# Answers that need more than one look (count, relation, same color) look first and conclude last: a chain of
+# thought as small as it gets, without which counting is learned only half.
 
 
 def ask_kind(things, rng):
@@ -289,12 +291,12 @@ def ask_relation(things, rng):
     one, other = rng.sample(things, 2)
     across, words = rng.choice((((one.cell % 3) - (other.cell % 3), ("left", "right")),
                                 ((one.cell // 3) - (other.cell // 3), ("above", "below"))))
-    if across == 0:
+    subject, reference = name(one, things, hide="cell"), name(other, things, hide="cell")
+    if across == 0 or not subject or not reference:
         return None
-    subject, reference = name(one, things), name(other, things)
     of = " of" if words[0] == "left" else ""
     return (f"Is {subject} {words[0]} or {words[1]}{of} {reference}?",
-            sentence(f"{subject} is {words[across > 0]}{of} {reference}"))
+            sentence(f"{subject} is {one.place} and {reference} is {other.place}, so {words[across > 0]}"))
 
 
 def ask_same_color(things, rng):
@@ -394,7 +396,7 @@ def toy_teacher(messages: list[dict]) -> str:
 # The world as files
 
 
-def write_world(folder: str | Path, seed: int, count: int, tests: int = 500, report=lambda done, total: None) -> None:
+def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int = 500) -> None:
     """Draw a world of `count` training and `tests` test pictures into a new folder, which appears whole.
 
     images/, annotations/captions.json and instances.json as COCO has them, and LLaVA JSON: pretrain.json (stage 1),
@@ -409,8 +411,7 @@ def write_world(folder: str | Path, seed: int, count: int, tests: int = 500, rep
     images, captions, instances, pretrain, instruct, tests_rows = [], [], [], [], [], []
     try:
         training, testing = scenes(rng), scenes(rng, held_out=True)
-        for number in range(count + tests):
-            report(number, count + tests)
+        for number in progress(range(count + tests), "toy world", "pictures"):
             things = next(training if number < count else testing)
             placed, file = boxes(things, rng), f"{'train' if number < count else 'test'}_{number:06d}.png"
             draw(things, placed, rng).save(beside / "images" / file)

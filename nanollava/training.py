@@ -16,6 +16,20 @@ from .files import InputError
 from .progress import Progress
 
 
+def best_device(wanted: str | None = None) -> str:
+    """The device that was asked for, or the fastest kind there is. Raises InputError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted and not there.get(wanted.split(":")[0]):
+        raise InputError(f"--device {wanted} is not there, only {' and '.join(name for name in there if there[name])}")
+    return wanted or next(name for name in there if there[name])
+
+
+def best_dtype(device: str) -> torch.dtype:
+    """bfloat16 on GPUs and on processors that multiply it in hardware; the others only emulate it, slowly."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.startswith("cuda") or (device == "cpu" and fast) else torch.float32
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
     """The rate of step 0..steps-1: linear from 0 to `peak` over the warm-up, then a cosine to 0."""
     rising = max(1, round(warmup * steps))

@@ -1,0 +1,387 @@
+"""Stage 0: stand-ins for the public weights, so that the toy world has a CLIP and a Vicuna of its own.
+
+LLaVA begins with two halves that know the world already. For the toy world they are made here, once, from
+nothing: a SentencePiece vocabulary; a CLIP, trained by contrast on pictures and captions (Radford et al.,
+2021); and a LLaMA, trained on conversations about scenes that it is *told*, never shown. They are saved as
+the public ones are, and ship in assets/.
+
+The LLaMA is told a scene in two ways. In prose: a caption stands before the first question. And in bags of
+words: a grid of vectors, each the sum of the embeddings of the words for one patch of the picture ("red",
+"cat", "top", "left"). Prose alone teaches a network this small to name things that are there, but takes very
+long to teach which color belongs to which thing; in bags that is one look, and the skill carries over.
+"""
+
+import io
+import math
+import random
+import string
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import checkpoint, teacher, toy
+from .chat import replies
+from .conversation import IMAGE, TEMPLATES, tokenize_conversation
+from .data import collate
+from .evaluate import accuracy
+from .files import say, whole_file
+from .image import preprocess
+from .llama import LlamaConfig
+from .llava import Llava, LlavaConfig
+from .tokenizer import Tokenizer
+from .training import fit, with_muon
+from .vision import Encoder, VisionConfig, VisionTower
+
+VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=8, hidden_size=128, intermediate_size=512,
+                      num_hidden_layers=5, num_attention_heads=4)
+GRID = VISION.image_size // VISION.patch_size  # patches a side
+
+
+# ---------------------------------------------------------------------------------------------
+# The vocabulary
+
+
+def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
+    """A BPE vocabulary of 448 pieces for everything that is said in the toy world, written to `path`."""
+    rng = random.Random(seed)
+    lines = [*teacher.BRIEF, *teacher.DETAILED] * 20
+    for things in (scene for scene, _ in zip(toy.scenes(rng), range(scenes))):
+        lines += [toy.caption(things, rng.randrange(toy.STYLES)), toy.description(things)]
+        lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in toy.ask(things, rng, 4, ALL_QUESTIONS)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=448, hard_vocab_limit=False,
+        character_coverage=1.0, required_chars=string.printable.strip(), normalization_rule_name="identity", remove_extra_whitespaces=False,
+        # the system message says nothing here, so it shall cost one token and not a hundred
+        user_defined_symbols=["\n", TEMPLATES["vicuna_v1"].system.strip().replace(" ", "▁")], minloglevel=2)
+    with whole_file(path) as beside:
+        beside.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+ALL_QUESTIONS = toy.QUESTIONS | toy.REASONING
+
+
+# ---------------------------------------------------------------------------------------------
+# CLIP
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, vocab_size: int, length: int, size: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, size)
+        self.position_embedding = nn.Embedding(length, size)
+
+
+class TextTower(nn.Module):
+    """CLIP's reader of captions: causal blocks, and what the end-of-text token has seen at the last of them."""
+
+    def __init__(self, config: VisionConfig, vocab_size: int, length: int):
+        super().__init__()
+        self.config, self.vocab_size, self.length = config, vocab_size, length
+        self.embeddings = TextEmbeddings(vocab_size, length, config.hidden_size)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Captions (N, T), each ending at its length (N,) with the end-of-text token, to vectors (N, D)."""
+        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[: tokens.shape[1]]
+        for block in self.encoder.layers:
+            x = block(x, is_causal=True)
+        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), lengths - 1])
+
+
+class Clip(nn.Module):
+    """Two towers that agree on which caption belongs to which picture. Names as in the public CLIP."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int = 128):
+        super().__init__()
+        self.end_of_text = len(tokenizer)  # one past the vocabulary
+        self.tokenizer = tokenizer
+        text = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3)
+        self.vision_model = VisionTower(VISION)
+        self.text_model = TextTower(text, len(tokenizer) + 1, length=96)
+        self.visual_projection = nn.Linear(VISION.hidden_size, size, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.1)
+        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
+        with torch.no_grad():
+            self.vision_model.embeddings.position_embedding.weight.copy_(waves(GRID, VISION.hidden_size))
+
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W) to unit vectors (N, size)."""
+        x = self.vision_model(images, layer=-1)[:, 0]
+        return F.normalize(self.visual_projection(self.vision_model.post_layernorm(x)), dim=-1)
+
+    def read(self, captions: list[str]) -> torch.Tensor:
+        """Captions to unit vectors (N, size)."""
+        rows = [self.tokenizer.encode(text) + [self.end_of_text] for text in captions]
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = torch.tensor(row)
+        device = self.logit_scale.device
+        return F.normalize(self.text_projection(self.text_model(tokens.to(device), lengths.to(device))), dim=-1)
+
+    def save(self, folder: Path) -> None:
+        text = {key: getattr(self.text_model.config, key) for key in
+                ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")}
+        config = {
+            "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": self.visual_projection.out_features,
+            "vision_config": checkpoint.clip_json(vars(VISION)),
+            "text_config": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", **text,
+                            "vocab_size": self.text_model.vocab_size, "max_position_embeddings": self.text_model.length,
+                            "eos_token_id": self.end_of_text},
+        }
+        checkpoint.write(folder, config, {name: tensor.bfloat16() for name, tensor in self.state_dict().items()},
+                         [self.tokenizer.path])
+
+
+def load_clip(folder: Path) -> Clip:
+    """What `Clip.save` wrote, in float32."""
+    clip = Clip(Tokenizer(folder))
+    checkpoint.load(clip, checkpoint.read_tensors(folder), folder, torch.float32, "cpu")
+    return clip
+
+
+def waves(grid: int, size: int) -> torch.Tensor:
+    """Positions (1 + grid * grid, size) to begin with: sines and cosines of row and column, zero for the class token.
+
+    Neighbours start alike, and place is learned in half the time that random positions take.
+    """
+    count = size // 4
+    frequencies = math.pi / 2 * (1 / 8) ** (torch.arange(count) / (count - 1))
+    angles = torch.arange(grid)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, size / 2)
+    plane = torch.cat([line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)], dim=-1)
+    return 0.5 * torch.cat([torch.zeros(1, size), plane.flatten(0, 1)])
+
+
+def nearly(things, rng: random.Random, held_out: bool = False):
+    """The same scene but for one kind, color, size or place."""
+    while True:
+        number, attribute = rng.randrange(len(things)), rng.choice(("kind", "kind", "color", "cell", "size"))
+        values = {"kind": toy.KINDS, "color": toy.COLORS, "size": toy.SIZES,
+                  "cell": set(range(9)) - {thing.cell for thing in things}}[attribute]
+        changed = dict(vars(things[number]), **{attribute: rng.choice(sorted(values))})
+        scene = (*things[:number], toy.Thing(**changed), *things[number + 1 :])
+        scene = tuple(sorted(scene, key=lambda thing: thing.cell))
+        if scene != things and toy.is_held_out(scene) == held_out:
+            return scene
+
+
+def clip_scenes(rng: random.Random, count: int, held_out: bool = False) -> list[tuple[toy.Thing, ...]]:
+    """Scenes for one batch, half of them in groups of four that are nearly the same: hard to tell apart."""
+    scenes, drawn = [], toy.scenes(rng, held_out)
+    while len(scenes) < count // 2:
+        one = next(drawn)
+        scenes += [one, *(nearly(one, rng, held_out) for _ in range(3))]
+    return scenes + [next(drawn) for _ in range(count - len(scenes))]
+
+
+def picture(things, placed, rng: random.Random) -> torch.Tensor:
+    return preprocess(toy.draw(things, placed, rng), VISION.image_size)
+
+
+def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps: int = 3500, batch_size: int = 64) -> None:
+    """Train the toy CLIP by the symmetric contrastive loss on fresh scenes, and save it in bfloat16."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    clip = Clip(tokenizer).to(device)
+
+    def batches():
+        while True:
+            scenes, style = clip_scenes(rng, batch_size), rng.randrange(toy.STYLES)
+            images = torch.stack([picture(things, toy.boxes(things, rng), rng) for things in scenes])
+            yield scenes, images.to(device), [toy.caption(things, style) for things in scenes]
+
+    def loss_of(batch):
+        scenes, images, captions = batch
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        logits = clip.logit_scale.exp() * clip.see(images) @ clip.read(captions).T  # (N, N)
+        same = torch.tensor([[float(one == other) for other in scenes] for one in scenes], device=device)
+        same /= same.sum(dim=1, keepdim=True)  # a scene that came twice has two right captions
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+    fit("toy CLIP ", loss_of, batches(), steps, with_muon(clip, 0.01, 1.5e-3))
+    clip.save(folder)
+
+
+@torch.no_grad()
+def clip_accuracy(clip: Clip, rng: random.Random, rounds: int = 30, candidates: int = 32) -> float:
+    """Percent of held-out pictures for which the right one of 32 captions, half of them near-duplicates, is nearest."""
+    right = 0
+    for _ in range(rounds):
+        scenes = clip_scenes(rng, candidates, held_out=True)
+        images = torch.stack([picture(things, toy.boxes(things, rng), rng) for things in scenes])
+        scores = clip.see(images.to(clip.logit_scale.device)) @ clip.read([toy.caption(things, 0) for things in scenes]).T
+        right += sum(scenes[number] == scenes[best] for number, best in enumerate(scores.argmax(dim=1).tolist()))
+    return 100 * right / (rounds * candidates)
+
+
+# ---------------------------------------------------------------------------------------------
+# LLaMA
+
+
+def bags(things, placed) -> list[str]:
+    """The words of each patch in reading order: of the thing on it, if it covers a third of it, and of its place."""
+    words, side = [], VISION.patch_size
+    for top in range(0, VISION.image_size, side):
+        for left in range(0, VISION.image_size, side):
+            cell = (top + side // 2) * 3 // VISION.image_size * 3 + (left + side // 2) * 3 // VISION.image_size
+            said = ""
+            for thing, (x, y, width, height) in zip(things, placed):
+                across = min(x + width, left + side) - max(x, left)
+                down = min(y + height, top + side) - max(y, top)
+                if across > 0 and down > 0 and across * down > side * side / 3:
+                    said, cell = f"{thing.kind} {thing.color} {thing.size} ", thing.cell
+            words.append(said + toy.PLACES[cell].split("the ")[1])
+    return words
+
+
+class Told:
+    """Turns the bags of a batch into vectors in the language model's space, where pictures will stand later."""
+
+    def __init__(self, model: Llava, tokenizer: Tokenizer):
+        self.model = model
+        self.pieces = {word: tokenizer.encode(word) for words in (toy.KINDS, toy.COLORS, toy.SIZES, PLACE_WORDS) for word in words}
+        self.width = 5 * max(map(len, self.pieces.values()))
+
+    def __call__(self, scenes: list[list[str]], rng: random.Random, forget: float = 0.0, noise: float = 0.0) -> torch.Tensor:
+        """N lists of bags to (N, P, D). `forget`: the share of words left out; `noise`: in units of the embeddings' spread."""
+        table = self.model.language_model.model.embed_tokens.weight
+        rows = []
+        for words in (words for scene in scenes for words in scene):
+            pieces = [piece for word in words.split() if rng.random() >= forget for piece in self.pieces[word]]
+            rows.append(pieces + [-1] * (self.width - len(pieces)))
+        tokens = torch.tensor(rows, device=table.device).view(len(scenes), -1, self.width)
+        embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
+        embeds = embeds.sum(dim=2)
+        return embeds + noise * table.detach().std() * torch.randn_like(embeds)
+
+
+PLACE_WORDS = ("top", "bottom", "left", "right", "middle")
+
+
+def first_lesson(things, rng: random.Random) -> list[str]:
+    """Questions whose answers are a key and its value, "red" after "cat": the shortest step to looking things up."""
+    texts = []
+    for kind, question, answer in toy.ask(things, rng, 6, {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}):
+        key, value = (question[8:-1], answer.split()[-1][:-1]) if kind == "kind" else answer[4:-1].split(" is ")
+        texts += [question, f"{key} {value}"]
+    return texts
+
+
+def lesson(things, rng: random.Random) -> list[str]:
+    """Questions and answers in turn: a few of all types, at times a caption, a description or some reasoning."""
+    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 5)]
+    if rng.random() < 0.2:
+        pairs.append([rng.choice(teacher.BRIEF), toy.caption(things, rng.randrange(toy.STYLES))])
+    if rng.random() < 0.1:
+        pairs.append([rng.choice(teacher.DETAILED), toy.description(things)])
+    if rng.random() < 0.3:
+        pairs += [[question, answer] for _, question, answer in toy.ask(things, rng, 1, toy.REASONING)]
+    rng.shuffle(pairs)
+    return [text for pair in pairs for text in pair]
+
+
+def in_prose(texts: list[str], things, rng: random.Random) -> list[dict]:
+    """A conversation about a scene that is told before, or after, the first question."""
+    style = rng.randrange(toy.STYLES + 1)
+    story = toy.description(things) if style == toy.STYLES else toy.caption(things, style)
+    turns = teacher.turns(texts, rng)
+    turns[0]["value"] = turns[0]["value"].replace(IMAGE, story)
+    return turns
+
+
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps: int = 4000, batch_size: int = 16) -> None:
+    """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
+    torch.manual_seed(seed)
+    rng, drawn = random.Random(seed), toy.scenes(random.Random(seed))
+    model = Llava(LlavaConfig(VISION, llama_config(len(tokenizer)), image_token_id=len(tokenizer)))
+    initialize(model.language_model)
+    model.to(device)
+    told = Told(model, tokenizer)
+
+    def batches():
+        for step in range(steps):
+            first = step < 300
+            prose = not first and rng.random() < 1 / 3
+            scenes = [next(drawn) for _ in range(batch_size)]
+            texts = [(first_lesson if first else lesson)(things, rng) for things in scenes]
+            rows = [(in_prose(said, things, rng) if prose else teacher.turns(said, rng)) for said, things in zip(texts, scenes)]
+            rows = [tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID) for turns in rows]
+            tokens, labels, _ = collate([(*row, []) for row in rows])
+            yield tokens.to(device), labels.to(device), None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
+
+    def loss_of(batch):
+        tokens, labels, scenes = batch
+        return model(tokens, labels=labels, pictures=None if scenes is None else told(scenes, rng, forget=0.1, noise=0.3))
+
+    fit("toy LLaMA", loss_of, batches(), steps, with_muon(model.language_model, 0.008, 1.2e-3))
+    tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
+    checkpoint.write(folder, checkpoint.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
+
+
+def llama_config(vocab_size: int) -> LlamaConfig:
+    return LlamaConfig(vocab_size, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6)
+
+
+def initialize(llama: nn.Module) -> None:
+    """Embeddings that differ, blocks that begin by adding nothing, a head that begins by knowing nothing."""
+    for name, parameter in llama.named_parameters():
+        if "embed_tokens" in name:
+            nn.init.normal_(parameter, std=0.1)
+        elif "lm_head" in name:
+            nn.init.normal_(parameter, std=0.02)
+        elif "o_proj" in name or "down_proj" in name:
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.7 * parameter.shape[1] ** -0.5)
+
+
+@torch.no_grad()
+def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, prose: bool):
+    """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, and its replies."""
+    told, drawn = Told(model, tokenizer), toy.scenes(rng, held_out=True)
+    rows, said = [], []
+    for things, _ in zip(drawn, range(count)):
+        asked = [pair for kind in toy.QUESTIONS for pair in toy.ask(things, rng, 1, {kind: toy.QUESTIONS[kind]})]
+        scene = bags(things, toy.boxes(things, rng))
+        turns = [(in_prose([question], things, rng) if prose else teacher.turns([question], rng)) for _, question, _ in asked]
+        pictures = None if prose else told([scene] * len(asked), rng)
+        said += replies(model, tokenizer, turns, [[]] * len(asked), pictures=pictures)
+        rows += [{"type": kind, "conversations": [{}, {"value": answer}]} for kind, _, answer in asked]
+    return rows, said
+
+
+# ---------------------------------------------------------------------------------------------
+# All of it
+
+
+def train_parts(folder: Path, seed: int, device: str) -> None:
+    """Make toy-clip/ and toy-llama/ in a folder, whichever is missing."""
+    clip, llama = folder / "toy-clip", folder / "toy-llama"
+    tokenizer = next((Tokenizer(part) for part in (clip, llama) if (part / "tokenizer.model").is_file()), None)
+    tokenizer = tokenizer or train_tokenizer(clip / "tokenizer.model", seed)
+    for part, train in ((clip, train_clip), (llama, train_llama)):
+        if (part / "config.json").is_file():
+            say(f"{part} is there and stays as it is")
+        else:
+            train(part, tokenizer, seed, device)
+
+
+def parts_table(folder: Path, device: str, scenes: int = 300) -> dict[str, dict[str, float]]:
+    """How well the two know the world, in percent: columns of `table`, measured on held-out scenes."""
+    model = Llava.from_parts(folder / "toy-clip", folder / "toy-llama", device=device)
+    tokenizer, rng = Tokenizer(folder / "toy-llama"), random.Random(1)
+    columns = {}
+    for name, prose in (("told in bags", False), ("told in prose", True)):
+        columns[f"LLaMA {name}"] = accuracy(*llama_answers(model, tokenizer, rng, scenes, prose))
+    columns["CLIP, of 32"] = {"all": clip_accuracy(load_clip(folder / "toy-clip").to(device), rng)}
+    return columns

@@ -1,0 +1,104 @@
+"""Ask a LLaVA about pictures, section 5.1 of the paper. The reply goes to standard output as it is made.
+
+    python sample.py --image cat.jpg                                    # a chat about the toy world's cat
+    python sample.py --image cat.jpg --prompt "What color is the cat?"
+    python sample.py --image cat.jpg --prompt "How many cats are there?" --prompt "Where is the cat?"
+    python sample.py --model llava-1.5-7b-hf --image photo.jpg --prompt "What is unusual about this picture?"
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from nanollava.chat import stream
+from nanollava.conversation import IMAGE
+from nanollava.files import InputError, Parser, one_line_errors, positive, say
+from nanollava.image import open_image, preprocess
+from nanollava.llava import Llava
+from nanollava.tokenizer import Tokenizer
+from nanollava.training import best_device, best_dtype
+
+TOY = Path("runs/toy")
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--image", type=Path, action="append", default=[], help="a picture; several in the order in which they are shown")
+    add("--prompt", action="append", help="a question; several make a conversation. Without any: a chat, or a question a line")
+    add("--model", type=Path, help="folder of a LLaVA (default: the toy run, runs/toy/stage2)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the model believes (default: 0)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability together (default: 1)")
+    add("--max-new-tokens", type=positive(int), default=512, help="longest reply (default: %(default)s)")
+    add("--seed", type=int, help="the same seed draws the same reply")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.temperature < 0 or not 0 <= arguments.top_p <= 1:
+        raise InputError("--temperature must be 0 or more, and --top-p between 0 and 1")
+    for prompt in arguments.prompt or []:
+        check(prompt)
+    pictures = [open_image(path) for path in arguments.image]
+    folder = arguments.model or toy_run()
+    device = best_device(arguments.device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
+    model, tokenizer = Llava.from_pretrained(folder, dtype, device), Tokenizer(folder)
+    longest = model.config.text.max_position_embeddings
+    if arguments.max_new_tokens > longest:
+        raise InputError(f"--max-new-tokens {arguments.max_new_tokens}: the model reads {longest} tokens at most")
+    if model.config.stage == 1:
+        say(f"{folder} went through stage 1 only: it can caption, but hardly converse")
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+
+    images = [preprocess(picture, model.config.image_size) for picture in pictures]
+    turns = []
+    for question in arguments.prompt or questions():
+        marks = "" if turns else f"{IMAGE}\n" * len(images)
+        turns.append({"from": "human", "value": marks + question})
+        reply = ""
+        for piece in stream(model, tokenizer, turns, images, arguments.max_new_tokens, arguments.temperature, arguments.top_p):
+            print(piece, end="", flush=True)
+            reply += piece
+        print()
+        turns.append({"from": "gpt", "value": reply})
+
+
+def toy_run() -> Path:
+    """The toy world's model. Raises InputError, saying how to make one, where there is none."""
+    for folder in (TOY / "stage2", TOY / "stage1"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(f"there is no model in {TOY} yet: `python train.py` makes one, or name another with --model")
+
+
+def check(prompt: str) -> str:
+    if not prompt.strip():
+        raise InputError("--prompt is empty: ask something")
+    if IMAGE in prompt:
+        raise InputError(f"--prompt must not contain {IMAGE}: --image says where pictures come from")
+    return prompt
+
+
+def questions():
+    """The lines of standard input, asked for on a terminal; empty ones are passed over."""
+    if sys.stdin.isatty():
+        say("ask away; Ctrl-D ends")
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield check(line.strip())
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,34 @@
+import torch
+
+from nanollava.chat import replies, stream
+
+QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
+
+
+class Parrot:
+    """In the place of a model's `generate`: says the given tokens, whatever it is asked."""
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def __call__(self, tokens, *_, eos_id=None, **__):
+        for step in range(max(map(len, self.rows))):
+            yield torch.tensor([row[step] if step < len(row) else eos_id or 0 for row in self.rows])
+
+
+def test_a_reply_ends_at_eos(model, tokenizer):
+    model.generate = Parrot(tokenizer.encode("A red cat.") + [2], tokenizer.encode("No.") + [2])
+    assert replies(model, tokenizer, [QUESTION] * 2, [[torch.zeros(3, 32, 32)]] * 2) == ["A red cat.", "No."]
+
+
+def test_a_reply_of_template_v0_ends_at_its_text(model, tokenizer):
+    model.config.template = "v0"
+    model.generate = Parrot(tokenizer.encode("A cat. ###Human: And now?"))
+    assert replies(model, tokenizer, [QUESTION], [[torch.zeros(3, 32, 32)]]) == ["A cat."]
+    assert "".join(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)])) == "A cat."
+
+
+def test_a_stream_is_the_reply_in_pieces(model, tokenizer):
+    model.generate = Parrot(tokenizer.encode("A red cat.") + [2])
+    pieces = list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
+    assert len(pieces) > 3 and "".join(pieces) == "A red cat."

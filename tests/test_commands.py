@@ -1,0 +1,196 @@
+"""train.py, sample.py and prepare_data.py as a user meets them: what they print, where, and how they end."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from nanollava import Llava, checkpoint
+from nanollava.files import one_line_errors, read_json
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command("train", "--stage", 1) runs it in an empty folder and gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        code = 0
+        try:
+            with one_line_errors():
+                importlib.import_module(name).main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def parts(model, tokenizer, tmp_path):
+    """The folders of a random CLIP and a random LLaMA, tiny."""
+    checkpoint.write(tmp_path / "clip", checkpoint.clip_json(vars(model.config.vision)), model.vision_tower.state_dict())
+    checkpoint.write(tmp_path / "llama", checkpoint.llama_json(vars(model.config.text)), model.language_model.state_dict(), [tokenizer.path])
+    return "--vision", tmp_path / "clip", "--llm", tmp_path / "llama"
+
+
+@pytest.fixture
+def run_folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "run", [tokenizer.path])
+    return tmp_path / "run"
+
+
+def is_one_line(error, *words):
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert str(word) in error
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_stage_1_trains_the_projector_alone_stage_2_the_language_model_too(command, parts, world, tmp_path):
+    code, out, _ = command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / "one")
+    assert (code, out) == (0, "")
+    code, *_ = command("train", "--stage", 2, "--model", tmp_path / "one", "--data", world, "--out", tmp_path / "two")
+    assert code == 0
+    begin = Llava.from_parts(tmp_path / "clip", tmp_path / "llama").state_dict()
+    one, two = (Llava.from_pretrained(tmp_path / folder) for folder in ("one", "two"))
+    changed_by = {1: set(), 2: set()}
+    for stage, (before, after) in enumerate(((begin, one.state_dict()), (one.state_dict(), two.state_dict())), 1):
+        changed_by[stage] = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed_by == {1: {"multi_modal_projector"}, 2: {"multi_modal_projector", "language_model"}}
+    assert (one.config.stage, two.config.stage) == (1, 2)
+    log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == max(1, round(len(read_json(world / "instruct.json")) / 16))
+
+
+def test_the_same_seed_trains_the_same_weights(command, parts, world, tmp_path):
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / folder, "--seed", seed)
+    a, b, c = (Llava.from_pretrained(tmp_path / folder).multi_modal_projector.linear_1.weight for folder in "abc")
+    assert a.equal(b) and not a.equal(c)
+
+
+def test_bfloat16_trains_float32_masters(command, parts, world, tmp_path):
+    code, *_ = command("train", "--stage", 2, *parts, "--data", world, "--out", tmp_path / "run", "--dtype", "bfloat16", "--epochs", 0.3)
+    assert code == 0
+    trained = Llava.from_pretrained(tmp_path / "run").language_model.model.norm.weight
+    assert not trained.equal(trained.bfloat16().float())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--stage", 2], ["stage 2", "runs/toy/stage1", "--stage 1"]),
+    (["--stage", 1, "--data", "none.json"], ["no data at none.json"]),
+    (["--stage", 1, "--vision", "nowhere", "--data", "world"], ["nowhere"]),
+    (["--stage", 1, "--model", "a", "--vision", "b"], ["--model", "--vision"]),
+    (["--preset", "7b"], ["--preset 7b needs --data"]),
+    (["--model", "a"], ["--stage"]),
+    (["--stage", 3], ["--stage"]),
+    (["--lr", "0"], ["--lr"]),
+    (["--stage", 1, "--max-length", 20, "--data", "world"], ["row 0", "raise --max-length"]),
+])
+def test_a_mistake_in_training_is_one_line(command, world, tmp_path, arguments, words):
+    (tmp_path / "world").symlink_to(world)
+    code, out, error = command("train", *arguments)
+    assert (code, out) == (2, "") and is_one_line(error, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trained_model_is_never_overwritten(command, run_folder, world):
+    before = (run_folder / "model.safetensors").read_bytes()
+    code, _, error = command("train", "--stage", 1, "--data", world, "--out", run_folder)
+    assert code == 2 and is_one_line(error, run_folder, "--out")
+    assert (run_folder / "model.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "cat.webp")
+    return tmp_path / "cat.webp"
+
+
+def test_the_reply_alone_goes_to_standard_output(command, run_folder, picture):
+    code, out, error = command("sample", "--model", run_folder, "--image", picture, "--prompt", "What?", "--max-new-tokens", 5)
+    assert code == 0 and out.endswith("\n") and error == ""
+
+
+def test_several_prompts_are_one_conversation(command, run_folder, picture, monkeypatch):
+    import sample
+
+    heard = []
+    monkeypatch.setattr(sample, "stream", lambda model, tokenizer, turns, *_: heard.append([turn["value"] for turn in turns]) or iter(["Yes", "."]))
+    code, out, _ = command("sample", "--model", run_folder, "--image", picture, "--prompt", "A cat?", "--prompt", "Red?")
+    assert (code, out) == (0, "Yes.\nYes.\n")
+    assert heard == [["<image>\nA cat?"], ["<image>\nA cat?", "Yes.", "Red?"]]
+
+
+def test_without_a_prompt_every_line_of_standard_input_is_one(command, run_folder, picture, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A cat?\n\nRed?\n"))
+    code, out, _ = command("sample", "--model", run_folder, "--image", picture, "--max-new-tokens", 3)
+    assert code == 0 and out.count("\n") >= 2
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--image", "none.jpg"], ["no picture at none.jpg"]),
+    (["--image", "text.jpg"], ["text.jpg is not a picture"]),
+    (["--prompt", " "], ["--prompt is empty"]),
+    (["--prompt", "<image>?"], ["<image>"]),
+    (["--model", "nowhere"], ["no model folder at nowhere"]),
+    (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+    (["--max-new-tokens", "100000"], ["--max-new-tokens", "2048"]),
+    (["--top-p", "2"], ["--top-p"]),
+    (["--device", "tpu"], ["--device tpu"]),
+])
+def test_a_mistake_in_sampling_is_one_line(command, run_folder, tmp_path, arguments, words):
+    (tmp_path / "text.jpg").write_text("hello")
+    code, out, error = command("sample", "--model", run_folder, "--prompt", "What?", *arguments)
+    assert (code, out) == (2, "") and is_one_line(error, *words)
+
+
+def test_without_a_toy_run_it_says_how_to_make_one(command):
+    code, out, error = command("sample", "--prompt", "What?")
+    assert (code, out) == (2, "") and is_one_line(error, "python train.py")
+
+
+def test_a_stage_1_model_is_announced(command, run_folder, model, tokenizer):
+    model.config.stage = 1
+    model.save_pretrained(run_folder, [tokenizer.path])
+    _, _, error = command("sample", "--model", run_folder, "--prompt", "What?", "--max-new-tokens", 2)
+    assert "stage 1 only" in error
+
+
+# ---------------------------------------------------------------------------------------------
+# prepare_data.py
+
+
+def test_the_toy_world_is_drawn_once_and_not_drawn_over(command, tmp_path):
+    arguments = ("prepare_data", "toy", "--out", tmp_path / "toy", "--scenes", 3)
+    assert command(*arguments)[:2] == (0, f"{tmp_path / 'toy'}\n")
+    assert len(read_json(tmp_path / "toy" / "pretrain.json")) == 3
+    code, _, error = command(*arguments)
+    assert code == 2 and is_one_line(error, tmp_path / "toy")
+
+
+def test_show_prints_what_is_trained_on(command, world):
+    code, out, _ = command("prepare_data", "show", "--data", world / "instruct.json", "--row", 0)
+    assert code == 0 and "\033[32m" in out and "</s>" in out
+    code, _, error = command("prepare_data", "show", "--data", world / "instruct.json", "--row", 10_000)
+    assert code == 2 and is_one_line(error, "--row 10000")
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "prepare_data"])
+def test_help_shows_examples(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0 and f"    python {name}.py" in out

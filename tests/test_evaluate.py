@@ -1,0 +1,37 @@
+import pytest
+
+from nanollava.evaluate import accuracy, answer_all, same, table
+from nanollava.files import read_json
+
+
+@pytest.mark.parametrize("reply, right", [
+    ("The cat is red.", True), ("the cat is red", True), ("The cat is red", True),
+    ("The cat is blue.", False), ("The cat is red. Yes.", False), ("", False),
+])
+def test_a_reply_is_right_if_it_is_the_sentence(reply, right):
+    assert same(reply, "The cat is red.") is right
+
+
+def test_accuracy_counts_by_type_and_over_all():
+    rows = [{"type": kind, "conversations": [{}, {"value": "Yes."}]} for kind in ("kind", "kind", "color", "color", "color")]
+    assert accuracy(rows, ["Yes.", "No.", "Yes.", "Yes.", "Yes."]) == {"kind": 50.0, "color": 100.0, "all": 80.0}
+
+
+def test_a_table_leaves_open_what_a_column_does_not_have():
+    lines = table({"one": {"kind": 50.0, "all": 80.0}, "other": {"all": 7.25}}).splitlines()
+    assert lines[1].split() == ["kind", "50.0%"] and lines[2].split() == ["all", "80.0%", "7.2%"]
+
+
+def test_the_wrong_picture_is_another_one(model, tokenizer, world, monkeypatch):
+    from nanollava import evaluate
+
+    rows, shown = read_json(world / "test.json"), {}
+    for wrong in (False, True):
+        opened = []
+        monkeypatch.setattr(evaluate, "preprocess", lambda picture, size: picture)
+        monkeypatch.setattr(evaluate, "open_image", lambda path: path.name)
+        monkeypatch.setattr(evaluate, "replies", lambda model, tokenizer, turns, images, **_: opened.extend(images) or [""] * len(turns))
+        answer_all(model, tokenizer, rows, world / "images", wrong_picture=wrong)
+        shown[wrong] = [file for (file,) in opened]
+    assert sorted(set(shown[True])) == sorted(set(shown[False]))
+    assert all(right != wrong for right, wrong in zip(shown[False], shown[True]))

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanollava.files import InputError
+from nanollava.image import MEAN, STD, open_image, preprocess
+
+
+def test_pixels_are_normalised_as_clip_wants_them():
+    pixels = preprocess(Image.new("RGB", (224, 224), (255, 0, 51)))
+    for channel, value in enumerate((1.0, 0.0, 0.2)):
+        expected = (value - MEAN[channel]) / STD[channel]
+        torch.testing.assert_close(pixels[channel], torch.full((224, 224), expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (31, 500), (64, 64), (1, 1), (1000, 3)])
+def test_any_shape_becomes_a_square_from_the_middle(size):
+    assert preprocess(Image.new("RGB", size), 64).shape == (3, 64, 64)
+
+
+def test_the_middle_is_what_is_kept():
+    picture = Image.new("RGB", (300, 100), "black")
+    picture.paste("white", (100, 0, 200, 100))
+    assert (preprocess(picture, 100) > 1).all()
+
+
+def test_padding_keeps_all_of_it_on_the_mean_color():
+    picture = Image.new("RGB", (100, 50), "white")
+    pixels = preprocess(picture, 100, pad=True)
+    assert (pixels[:, 30:70] > 1).all() and pixels[:, :20].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_pictures_of_every_mode_and_format_open(tmp_path, mode, format):
+    picture = Image.new(mode, (20, 10))
+    try:
+        picture.save(tmp_path / "picture", format)
+    except (OSError, ValueError):
+        pytest.skip(f"no {format} has mode {mode}")
+    assert open_image(tmp_path / "picture").mode == "RGB"
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (20, 10)).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(tmp_path / "photo.jpg").size == (10, 20)
+
+
+def test_sixteen_bits_are_scaled_not_cut(tmp_path):
+    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_what_is_no_picture_is_told_by_name(tmp_path):
+    with pytest.raises(InputError, match="no picture at .*none.jpg"):
+        open_image(tmp_path / "none.jpg")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    with pytest.raises(InputError, match="text.jpg is not a picture"):
+        open_image(tmp_path / "text.jpg")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    with pytest.raises(InputError, match="half.png is not a picture"):
+        open_image(tmp_path / "half.png")
+    with pytest.raises(InputError):
+        open_image(tmp_path)

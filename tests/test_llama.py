@@ -1,0 +1,68 @@
+import torch
+
+from nanollava.llama import KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+
+TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_nobody_sees_what_comes_after():
+    llama, embeds = Llama(TINY), torch.randn(1, 6, 32)
+    changed = embeds.clone()
+    changed[:, 4:] += 1
+    torch.testing.assert_close(llama(embeds)[:, :4], llama(changed)[:, :4])
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    config = LlamaConfig(hidden_size=8, num_attention_heads=1)
+
+    def score(query_at, key_at):
+        turned = [rotate(x, rotary_angles(torch.tensor([[at]]), config)) for x, at in ((q, query_at), (k, key_at))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(5, 2), score(105, 102), atol=1e-4, rtol=1e-4)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-3
+
+
+def test_rotary_angles_stay_exact_when_the_model_is_bfloat16():
+    cos, sin = rotary_angles(torch.tensor([[2047]]), TINY)
+    torch.testing.assert_close(cos[0, 0, 0, 0].double(), torch.tensor(2047.0).double().cos(), atol=1e-6, rtol=0)
+    assert cos.dtype == sin.dtype == torch.float32
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+    norm = RMSNorm(4, eps=0.0)
+    torch.testing.assert_close(norm(torch.tensor([2.0, -2.0, 2.0, -2.0])), torch.tensor([1.0, -1.0, 1.0, -1.0]))
+
+
+def test_shared_keys_and_values_equal_repeated_ones():
+    shared = Llama(TINY)
+    full = Llama(LlamaConfig(**{**vars(TINY), "num_key_value_heads": 4}))
+    weights = shared.state_dict()
+    for name in list(weights):
+        if "k_proj" in name or "v_proj" in name:  # (2 heads * 8, 32) -> each head twice
+            weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    full.load_state_dict(weights)
+    embeds = torch.randn(2, 5, 32)
+    torch.testing.assert_close(shared(embeds), full(embeds))
+
+
+def test_the_cache_changes_nothing_for_rows_of_different_lengths():
+    llama, embeds = Llama(TINY), torch.randn(2, 6, 32)
+    whole = llama(embeds)
+    lengths = torch.tensor([4, 2])  # row 1 has two tokens of padding
+    cache = KVCache(TINY, batch=2, length=8, dtype=torch.float32, device="cpu")
+    padded = embeds[:, :4].clone()
+    padded[1, 2:] = 99.0
+    llama(padded, cache=cache)
+    for step in range(2):
+        at = lengths + step
+        now = llama(embeds[torch.arange(2), at][:, None], at[:, None], cache)
+        torch.testing.assert_close(now[:, 0], whole[torch.arange(2), at])
+
+
+def test_tied_embeddings_have_no_head_of_their_own():
+    llama = Llama(LlamaConfig(**{**vars(TINY), "tie_word_embeddings": True}))
+    hidden = torch.randn(1, 1, 32)
+    assert not [name for name in llama.state_dict() if "lm_head" in name]
+    torch.testing.assert_close(llama.logits(hidden), hidden @ llama.model.embed_tokens.weight.T)

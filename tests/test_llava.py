@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from nanollava import Llava
+from nanollava.conversation import IGNORE
+from nanollava.llava import choose
+
+
+def prompt(model, *parts):
+    """Token rows from numbers, with "image" for all tokens of a picture."""
+    row = [model.config.image_token_id] * model.config.tokens_per_image
+    return torch.tensor([[token for part in parts for token in (row if part == "image" else [part])]])
+
+
+def test_each_picture_stands_where_its_tokens_are(model):
+    images = torch.randn(2, 3, 32, 32)
+    tokens = prompt(model, 1, "image", 5, "image", 6)
+    embeds, seen = model.splice(tokens, model.see(images)), model.see(images)
+    torch.testing.assert_close(embeds[0, 1:17], seen[0])
+    torch.testing.assert_close(embeds[0, 18:34], seen[1])
+    torch.testing.assert_close(embeds[0, 17], model.language_model.embed(torch.tensor(5)))
+
+
+def test_a_sequence_needs_no_picture(model):
+    assert model(prompt(model, 1, 5, 6)).shape == (1, 3, model.config.text.vocab_size)
+
+
+def test_pictures_that_do_not_fit_the_text_are_refused(model):
+    with pytest.raises(ValueError, match="32 picture tokens in the text, but pictures for 16"):
+        model(prompt(model, 1, "image", "image"), torch.randn(1, 3, 32, 32))
+
+
+def test_a_batch_of_ragged_rows_equals_its_rows_alone(model):
+    images = torch.randn(1, 3, 32, 32)
+    long, short = prompt(model, 1, "image", 5, 6, 7), prompt(model, 1, 8, 9)
+    tokens = torch.zeros(2, long.shape[1], dtype=torch.long)
+    tokens[0], tokens[1, :3] = long, short
+    together = model(tokens, images)
+    torch.testing.assert_close(together[:1], model(long, images))
+    torch.testing.assert_close(together[1:, :3], model(short))
+
+
+def test_the_loss_is_the_mean_over_labels(model):
+    tokens = prompt(model, 1, 5, 6, 7)
+    labels = torch.tensor([[IGNORE, IGNORE, 6, 7]])
+    log_probabilities = model(tokens).log_softmax(dim=-1)
+    expected = -(log_probabilities[0, 1, 6] + log_probabilities[0, 2, 7]) / 2
+    torch.testing.assert_close(model(tokens, labels=labels), expected)
+
+
+def test_generating_is_taking_the_likeliest_token_again_and_again(model):
+    images = torch.randn(1, 3, 32, 32)
+    tokens = prompt(model, 1, "image", 5)
+    said = [int(token) for token in model.generate(tokens, images, max_new_tokens=4)]
+    for token in said:
+        assert token == int(model(tokens, images)[0, -1].argmax())
+        tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
+
+
+def test_ragged_prompts_generate_what_they_would_alone(model):
+    long, short = prompt(model, 1, 5, 6, 7, 8), prompt(model, 1, 9)
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    tokens[0], tokens[1, :2] = long, short
+    together = torch.stack(list(model.generate(tokens, max_new_tokens=4, lengths=torch.tensor([5, 2]))), dim=1)
+    for row, alone in enumerate((long, short)):
+        assert together[row].tolist() == [int(token) for token in model.generate(alone, max_new_tokens=4)]
+
+
+def test_a_row_that_ended_goes_on_with_eos_until_all_ended(model):
+    tokens = prompt(model, 1, 5)
+    first = int(next(model.generate(tokens, max_new_tokens=1)))
+    assert [int(token) for token in model.generate(tokens, max_new_tokens=9, eos_id=first)] == [first]
+
+
+def test_top_p_leaves_only_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    drawn = {int(choose(logits, temperature=1.0, top_p=0.6)) for _ in range(100)}
+    assert drawn == {0, 1}
+    assert int(choose(logits, temperature=1.0, top_p=0.0)) == 0
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_a_saved_model_comes_back_as_it_was(model, tokenizer, tmp_path, projector):
+    model.config.projector = projector
+    model = Llava(model.config)
+    model.config.stage, model.config.template = 1, "v0"
+    model.save_pretrained(tmp_path / "run", [tokenizer.path])
+    again = Llava.from_pretrained(tmp_path / "run")
+    assert again.config == model.config
+    tokens, images = prompt(model, 1, "image", 5), torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(tokens, images), model(tokens, images))
+    assert (tmp_path / "run" / "tokenizer.model").is_file()

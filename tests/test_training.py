@@ -1,0 +1,51 @@
+import json
+
+import pytest
+import torch
+
+from nanollava.files import InputError
+from nanollava.training import Muon, best_device, fit, learning_rate, orthogonal
+
+
+def test_the_rate_rises_for_three_percent_and_falls_to_nothing():
+    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(2.0 / 30) and rates[29] == 2.0 and rates[30] == 2.0
+    assert rates[515] == pytest.approx(1.0, abs=0.01)
+    assert 0 < rates[999] < 1e-4
+    assert rates[29:] == sorted(rates[29:], reverse=True)
+
+
+def test_orthogonal_keeps_the_directions_and_evens_out_the_strengths():
+    u, _, v = torch.linalg.svd(torch.randn(6, 4), full_matrices=False)
+    matrix = u @ torch.diag(torch.tensor([10.0, 5.0, 1.0, 0.5])) @ v
+    strengths = torch.diagonal(u.T @ orthogonal(matrix) @ v.T)
+    assert ((strengths > 0.6) & (strengths < 1.3)).all()
+
+
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.AdamW(p, 0.1), lambda p: Muon(p, 0.1)])
+def test_fit_goes_downhill_and_logs_every_step(tmp_path, optimizer):
+    weight = torch.nn.Parameter(torch.randn(3, 3))
+    target = torch.eye(3)
+    fit("test", lambda _: (weight - target).square().mean(), range(100), 100, [optimizer([weight])], tmp_path / "log.jsonl", lambda _: 5)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(100))
+    assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
+    assert set(rows[0]) == {"step", "loss", "lr", "tokens_per_second", "seconds"}
+
+
+def test_a_gradient_is_clipped_to_norm_one():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    fit("test", lambda _: (weight * torch.tensor([300.0, 400.0])).sum(), [0], 1, [torch.optim.SGD([weight], lr=1.0)])
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(InputError, match="the loss is nan at step 0; lower the learning rate"):
+        fit("test", lambda _: weight.sum() * float("nan"), [0], 1, [torch.optim.SGD([weight], lr=1.0)])
+
+
+def test_a_device_that_is_not_there_is_told():
+    assert best_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="--device tpu is not there"):
+        best_device("tpu")
