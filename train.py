@@ -89,7 +89,8 @@ def train_toy(run: Path, arguments) -> None:
             say(f"{run}/stage{stage} is there and stays as it is")
         else:
             train_stage(stage, run / "stage1" if stage == 2 else None, run / f"stage{stage}", arguments)
-    print(table(toy_table(run, arguments.data or Path("data/toy"), best_device(arguments.device))))
+    columns, *_ = toy_table(run, arguments.data or Path("data/toy"), best_device(arguments.device))
+    print(table(columns))
     say("ask it something: python sample.py --image cat.jpg")
 
 
@@ -128,8 +129,9 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
             return model(tokens.to(device), None if pixels is None else pixels.to(device), labels.to(device))
 
     out.mkdir(parents=True, exist_ok=True)
-    fit(f"stage {stage}", loss_of, loader(dataset, batch_size, steps, arguments.seed), steps, [optimizer],
-        out / "log.jsonl", lambda batch: batch[0].numel())
+    workers = 0 if device == "cpu" else 8  # processes that open pictures; on a CPU they would only take from the training
+    batches = loader(dataset, batch_size, steps, arguments.seed, workers)
+    fit(f"stage {stage}", loss_of, batches, steps, [optimizer], out / "log.jsonl", lambda batch: batch[0].numel())
     model.config.stage = stage
     model.save_pretrained(out, [tokenizer.path])
 

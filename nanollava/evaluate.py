@@ -5,18 +5,19 @@ controls: the same questions about the wrong picture (what can be guessed from t
 model after stage 1 only (what the projector brings before the language model has learned to use it).
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
-import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from .chat import replies
-from .files import one_line_errors, read_json, write_json
+from .conversation import IMAGE
+from .files import Parser, one_line_errors, positive, read_json, whole_file, write_json
 from .image import open_image, preprocess
 from .llava import Llava
 from .progress import Progress
 from .tokenizer import Tokenizer
+from .training import best_device
 
 
 def same(reply: str, truth: str) -> bool:
@@ -30,17 +31,21 @@ def answer_all(model, tokenizer, rows, images: Path, wrong_picture: bool = False
     files = [row["image"] for row in rows]
     if wrong_picture:
         others = sorted(set(files))
-        files = [others[(others.index(file) + 1) % len(others)] for file in files]
+        following = dict(zip(others, others[1:] + others[:1]))
+        files = [following[file] for file in files]
     for file in files:
         if file not in pixels:
             pixels[file] = preprocess(open_image(images / file), model.config.image_size)
-    said = []
+    said = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])  # replies of a type are about as long
     with Progress(label, len(rows), "questions") as progress:
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            said += replies(model, tokenizer, [row["conversations"][:1] for row in batch],
-                            [[pixels[file]] for file in files[start : start + batch_size]])
-            progress.update(len(said))
+            batch = order[start : start + batch_size]
+            texts = replies(model, tokenizer, [rows[number]["conversations"][:1] for number in batch],
+                            [[pixels[files[number]]] for number in batch])
+            for number, text in zip(batch, texts):
+                said[number] = text
+            progress.update(start + len(batch))
     return said
 
 
@@ -63,34 +68,56 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = None) -> dict[str, dict[str, float]]:
-    """The columns of the toy evaluation for a folder that holds stage1/ and stage2/."""
+def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = None):
+    """The columns of the toy evaluation for a folder that holds stage2/ and maybe stage1/; the rows of test.json
+    and what the model of stage 2 said to them."""
     rows = read_json(data / "test.json")[:limit]
-    columns = {}
-    for stage, wrong in (("stage2", False), ("stage2", True), ("stage1", False)):
+    columns, said = {}, {}
+    for name, stage, wrong in (("after stage 2", "stage2", False), ("wrong picture", "stage2", True), ("after stage 1", "stage1", False)):
         folder = run / stage
         if stage == "stage1" and not folder.is_dir():
             continue
-        name = "wrong picture" if wrong else "after stage 1" if stage == "stage1" else "after stage 2"
-        model, tokenizer = Llava.from_pretrained(folder, device=device).eval(), Tokenizer(folder)
-        said = answer_all(model, tokenizer, rows, data / "images", wrong, label=f"{name:<13}")
-        columns[name] = accuracy(rows, said)
-    return columns
+        model, tokenizer = Llava.from_pretrained(folder, device=device), Tokenizer(folder)
+        said[name] = answer_all(model, tokenizer, rows, data / "images", wrong, label=name)
+        columns[name] = accuracy(rows, said[name])
+    return columns, rows, said["after stage 2"]
+
+
+def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2, questions: int = 3) -> Image.Image:
+    """The first pictures of rows of test.json, and under each what the model said: blue if right, red if wrong."""
+    side, margin, line = 192, 24, 17
+    font, height = ImageFont.load_default(13), side + (2 * questions + 1) * line + margin
+    sheet = Image.new("RGB", (across * (side + margin + 40) + margin, down * height + margin), "white")
+    write = ImageDraw.Draw(sheet)
+    for number, file in enumerate(sorted({row["image"] for row in rows})[: across * down]):
+        x, y = margin + number % across * (side + margin + 40), margin + number // across * height
+        sheet.paste(open_image(images / file).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        asked = [(row["conversations"], reply) for row, reply in zip(rows, said) if row["image"] == file]
+        for place, (turns, reply) in enumerate(asked[number % 2 :: 2][:questions]):  # not the same types everywhere
+            top = y + side + 6 + 2 * place * line
+            write.text((x, top), turns[0]["value"].replace(IMAGE, "").strip(), "black", font)
+            write.text((x, top + line - 2), reply, "#1050c0" if same(reply, turns[1]["value"]) else "#d01010", font)
+    return sheet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanollava.evaluate", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="held-out questions about the toy world, by type")
-    toy.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
-    toy.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
-    toy.add_argument("--limit", type=int, help="ask only the first N questions")
-    toy.add_argument("--out", type=Path, help="write the table as JSON to this file, too")
+    parser = Parser(__doc__, prog="python -m nanollava.evaluate")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    command = commands.add_parser("toy", doc="Held-out questions about the toy world, by type, against two controls.")
+    command.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
+    command.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
+    command.add_argument("--limit", type=positive(int), help="ask only the first so many questions")
+    command.add_argument("--out", type=Path, help="write the table as JSON to this file, too")
+    command.add_argument("--picture", type=Path, help="paint some scenes with the model's answers to this file")
+    command.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     arguments = parser.parse_args()
-    columns = toy_table(arguments.run, arguments.data, "cuda" if torch.cuda.is_available() else "cpu", arguments.limit)
+    columns, rows, said = toy_table(arguments.run, arguments.data, best_device(arguments.device), arguments.limit)
     print(table(columns))
     if arguments.out:
         write_json(arguments.out, columns, indent=2)
+    if arguments.picture:
+        with whole_file(arguments.picture) as beside:
+            gallery(rows, said, arguments.data / "images").save(beside, "PNG")
 
 
 if __name__ == "__main__":

@@ -4,22 +4,24 @@ from pathlib import Path
 
 import sentencepiece
 
+from .files import InputError
+
 
 class Tokenizer:
     """A `tokenizer.model` file, or a folder that holds one.
 
-    Raises FileNotFoundError where there is none, ValueError where the file is something else.
+    Raises InputError, naming the file, where there is none or it is something else.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
         path = path / "tokenizer.model" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}")
+            raise InputError(f"no tokenizer at {path}")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model") from error
+            raise InputError(f"{path} is not a SentencePiece model") from error
         self.path = path
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
 

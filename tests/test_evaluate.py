@@ -1,6 +1,6 @@
 import pytest
 
-from nanollava.evaluate import accuracy, answer_all, same, table
+from nanollava.evaluate import accuracy, answer_all, gallery, same, table, toy_table
 from nanollava.files import read_json
 
 
@@ -35,3 +35,12 @@ def test_the_wrong_picture_is_another_one(model, tokenizer, world, monkeypatch):
         shown[wrong] = [file for (file,) in opened]
     assert sorted(set(shown[True])) == sorted(set(shown[False]))
     assert all(right != wrong for right, wrong in zip(shown[False], shown[True]))
+
+
+def test_the_toy_table_has_a_column_for_each_control(model, tokenizer, world, tmp_path):
+    for stage in ("stage1", "stage2"):
+        model.save_pretrained(tmp_path / stage, [tokenizer.path])
+    columns, rows, said = toy_table(tmp_path, world, limit=16)
+    assert list(columns) == ["after stage 2", "wrong picture", "after stage 1"]
+    assert len(rows) == len(said) == 16
+    assert gallery(rows, said, world / "images", across=2, down=1).width > 400
