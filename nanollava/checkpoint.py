@@ -67,10 +67,15 @@ def llava_config(raw: dict) -> dict:
     refuse_unless(raw, "projector_hidden_act", ("gelu", "linear"), "gelu")
     refuse_unless(raw, "vision_feature_select_strategy", ("default",), "default")
     ours = raw.get("nanollava", {})  # what the public layout has no place for
+    vision, text = vision_config(raw), text_config(raw.get("text_config", {}))
+    text["vocab_size"] = ours.get("vocab_size", text["vocab_size"])
+    layer, layers = raw.get("vision_feature_layer", -2), vision["num_hidden_layers"]
+    if layer not in range(-layers - 1, layers + 1):
+        raise InputError(f"config.json: vision_feature_layer {layer!r} is not supported, only one of the {layers} layers")
     return dict(
-        vision=vision_config(raw), text=text_config(raw.get("text_config", {})),
+        vision=vision, text=text,
         projector="linear" if raw.get("projector_hidden_act") == "linear" else "mlp2x_gelu",
-        feature_layer=raw.get("vision_feature_layer", -2),
+        feature_layer=layer if layer < 0 else layer - layers - 1,  # counted from the end; 0 is before the first block
         image_token_id=raw.get("image_token_id", raw.get("image_token_index", 32000)),
         template=ours.get("template", "vicuna_v1"), stage=ours.get("stage", 2),
     )
@@ -87,13 +92,15 @@ def clip_json(vision: dict) -> dict:
 
 def llava_json(config: dict) -> dict:
     """The config.json of `asdict(LlavaConfig)`: what LlavaForConditionalGeneration of transformers reads."""
+    vocab_size = config["text"]["vocab_size"]
+    rows = max(vocab_size, config["image_token_id"] + 1)  # see llava_tensors
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": config["image_token_id"], "image_seq_length": (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2,
         "projector_hidden_act": "linear" if config["projector"] == "linear" else "gelu",
         "vision_feature_layer": config["feature_layer"], "vision_feature_select_strategy": "default",
-        "vision_config": clip_json(config["vision"]), "text_config": llama_json(config["text"]),
-        "nanollava": {"template": config["template"], "stage": config["stage"]},
+        "vision_config": clip_json(config["vision"]), "text_config": llama_json({**config["text"], "vocab_size": rows}),
+        "nanollava": {"template": config["template"], "stage": config["stage"], "vocab_size": vocab_size},
     }
 
 
@@ -123,19 +130,29 @@ def llava_name(name: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The linear projector: the public layout has two layers, so ours is linear_1, no activation, an identity
+# What the public layout has and we have not: the second layer of a linear projector, the picture token's row
 
 
 SECOND = "multi_modal_projector.linear_2."
+VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
-def llava_tensors(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All tensors of a LLaVA by their public names."""
+def llava_tensors(ours: dict[str, torch.Tensor], image_token_id: int) -> dict[str, torch.Tensor]:
+    """All tensors of a LLaVA by their public names.
+
+    The public projector has two layers, so a linear one is linear_1, no activation, an identity. And transformers
+    looks up every token, the picture's too: where that one lies past the vocabulary, it gets the row of token 0,
+    <unk>, so that it is never the likeliest.
+    """
     tensors = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in ours.items()}
     if SECOND + "weight" not in tensors:
         bias = tensors["multi_modal_projector.linear_1.bias"]
         tensors[SECOND + "weight"] = torch.eye(len(bias), dtype=bias.dtype)
         tensors[SECOND + "bias"] = torch.zeros_like(bias)
+    for name in VOCABULARY:
+        if name in tensors and len(tensors[name]) <= image_token_id:
+            more = image_token_id + 1 - len(tensors[name])
+            tensors[name] = torch.cat([tensors[name], tensors[name][:1].expand(more, -1)])
     return tensors
 
 
@@ -144,6 +161,13 @@ def drop_identity(tensors: dict[str, torch.Tensor], folder) -> None:
     weight, bias = tensors.pop(SECOND + "weight", None), tensors.pop(SECOND + "bias", None)
     if weight is not None and (bias is None or bias.any() or not torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))):
         raise InputError(f"{folder}: projector_hidden_act 'linear' is supported only where {SECOND}* is an identity")
+
+
+def drop_image_token(tensors: dict[str, torch.Tensor], vocab_size: int, image_token_id: int) -> None:
+    """Take the picture token's row out again, where it lies past the vocabulary."""
+    for name in VOCABULARY:
+        if name in tensors and len(tensors[name]) == image_token_id + 1:
+            tensors[name] = tensors[name][:vocab_size]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,13 +12,21 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per c
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB. What is transparent becomes white, as in transformers."""
+    if picture.mode.startswith("I;16"):  # Pillow alone would cut 16 bits to 8, not scale them
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.has_transparency_data:  # Pillow alone would show the color beneath, mostly black
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming the file, if it is none."""
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith("I;16"):  # Pillow alone would cut 16 bits to 8, not scale them
-                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError as error:
         raise InputError(f"no picture at {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for a broken file
@@ -31,7 +39,7 @@ def preprocess(picture: Image.Image, size: int = 224, pad: bool = False) -> torc
     The shorter side is resized to `size` (bicubic) and the middle cut out; with `pad` the picture is first put
     on a square of the mean color, as LLaVA-1.5 does, so that nothing is cut off.
     """
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     if pad and picture.width != picture.height:
         side = max(picture.size)
         square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
@@ -42,6 +50,7 @@ def preprocess(picture: Image.Image, size: int = 224, pad: bool = False) -> torc
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)  # (size, size, 3)
-    pixels = (pixels * np.float32(1 / 255) - np.float32(MEAN)) / np.float32(STD)
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float64)  # (size, size, 3)
+    pixels = (pixels * (1 / 255)).astype(np.float32)  # then float32: the order that makes it equal to transformers
+    pixels = (pixels - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -133,6 +133,7 @@ class Llava(nn.Module):
         tensors = checkpoint.read_tensors(folder, checkpoint.llava_name)
         if config.projector == "linear":
             checkpoint.drop_identity(tensors, folder)
+        checkpoint.drop_image_token(tensors, config.text.vocab_size, config.image_token_id)
         checkpoint.load(model, tensors, folder, dtype, device)
         return model
 
@@ -152,7 +153,8 @@ class Llava(nn.Module):
 
     def save_pretrained(self, folder: str | Path, files=()) -> None:
         """Write config.json and safetensors in the public layout, and copies of `files` (the tokenizer.model)."""
-        checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), checkpoint.llava_tensors(self.state_dict()), files)
+        tensors = checkpoint.llava_tensors(self.state_dict(), self.config.image_token_id)
+        checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), tensors, files)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -58,6 +58,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, complaint):
     ({"model_type": "bert"}, "model_type 'bert' is not supported, only 'llava'"),
     ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, "rope_type 'linear' is not supported"),
     ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu' is not supported"),
+    ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\] is not supported, only one of the 2 layers"),
 ])
 def test_what_is_not_supported_is_refused_by_name(folder, change, complaint):
     config = json.loads((folder / "config.json").read_text())
