@@ -70,7 +70,10 @@ def whole_file(path: str | Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            beside.touch()
+            mode = beside.stat().st_mode
             yield beside
+            beside.chmod(mode)  # safetensors makes its files for one user alone
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)

@@ -15,6 +15,7 @@ import io
 import math
 import random
 import string
+from itertools import islice
 from pathlib import Path
 
 import sentencepiece
@@ -44,25 +45,30 @@ GRID = VISION.image_size // VISION.patch_size  # patches a side
 # The vocabulary
 
 
+EASY = {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}
+ALL_QUESTIONS = toy.QUESTIONS | toy.REASONING
+PLACES = [place.split(" the ")[1] for place in toy.PLACES]  # "top left"
+WHOLE = [  # texts that shall be one token: one that says nothing, and places that are to be found by one look
+    TEMPLATES["vicuna_v1"].system.strip(), *(f" {place}" for place in PLACES if " " in place)]
+
+
 def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     """A BPE vocabulary of 448 pieces for everything that is said in the toy world, written to `path`."""
     rng = random.Random(seed)
     lines = [*teacher.BRIEF, *teacher.DETAILED] * 20
-    for things in (scene for scene, _ in zip(toy.scenes(rng), range(scenes))):
+    for things in islice(toy.scenes(rng), scenes):
         lines += [toy.caption(things, rng.randrange(toy.STYLES)), toy.description(things)]
         lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in toy.ask(things, rng, 4, ALL_QUESTIONS)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=448, hard_vocab_limit=False,
         character_coverage=1.0, required_chars=string.printable.strip(), normalization_rule_name="identity", remove_extra_whitespaces=False,
-        # the system message says nothing here, so it shall cost one token and not a hundred
-        user_defined_symbols=["\n", TEMPLATES["vicuna_v1"].system.strip().replace(" ", "▁")], minloglevel=2)
+        user_defined_symbols=["\n", *(text.replace(" ", "▁") for text in WHOLE)], minloglevel=2)
     with whole_file(path) as beside:
         beside.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 
-ALL_QUESTIONS = toy.QUESTIONS | toy.REASONING
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,25 +167,22 @@ def waves(grid: int, size: int) -> torch.Tensor:
     return 0.5 * torch.cat([torch.zeros(1, size), plane.flatten(0, 1)])
 
 
-def nearly(things, rng: random.Random, held_out: bool = False):
+def nearly(things, rng: random.Random):
     """The same scene but for one kind, color, size or place."""
-    while True:
-        number, attribute = rng.randrange(len(things)), rng.choice(("kind", "kind", "color", "cell", "size"))
-        values = {"kind": toy.KINDS, "color": toy.COLORS, "size": toy.SIZES,
-                  "cell": set(range(9)) - {thing.cell for thing in things}}[attribute]
-        changed = dict(vars(things[number]), **{attribute: rng.choice(sorted(values))})
-        scene = (*things[:number], toy.Thing(**changed), *things[number + 1 :])
-        scene = tuple(sorted(scene, key=lambda thing: thing.cell))
-        if scene != things and toy.is_held_out(scene) == held_out:
-            return scene
+    number, attribute = rng.randrange(len(things)), rng.choice(("kind", "kind", "color", "cell", "size"))
+    values = {"kind": toy.KINDS, "color": toy.COLORS, "size": toy.SIZES, "cell": range(9)}[attribute]
+    taken = [getattr(thing, attribute) for thing in (things if attribute == "cell" else things[number : number + 1])]
+    changed = dict(vars(things[number]), **{attribute: rng.choice([value for value in values if value not in taken])})
+    scene = (*things[:number], toy.Thing(**changed), *things[number + 1 :])
+    return tuple(sorted(scene, key=lambda thing: thing.cell))
 
 
-def clip_scenes(rng: random.Random, count: int, held_out: bool = False) -> list[tuple[toy.Thing, ...]]:
-    """Scenes for one batch, half of them in groups of four that are nearly the same: hard to tell apart."""
-    scenes, drawn = [], toy.scenes(rng, held_out)
+def clip_scenes(rng: random.Random, count: int) -> list[tuple[toy.Thing, ...]]:
+    """Scenes to train on, half of them in groups of about four that are nearly the same: hard to tell apart."""
+    scenes, drawn = [], toy.scenes(rng)
     while len(scenes) < count // 2:
         one = next(drawn)
-        scenes += [one, *(nearly(one, rng, held_out) for _ in range(3))]
+        scenes += [one, *(other for other in (nearly(one, rng) for _ in range(3)) if not toy.is_held_out(other))]
     return scenes + [next(drawn) for _ in range(count - len(scenes))]
 
 
@@ -213,34 +216,36 @@ def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps
 
 
 @torch.no_grad()
-def clip_accuracy(clip: Clip, rng: random.Random, rounds: int = 30, candidates: int = 32) -> float:
-    """Percent of held-out pictures for which the right one of 32 captions, half of them near-duplicates, is nearest."""
-    right = 0
-    for _ in range(rounds):
-        scenes = clip_scenes(rng, candidates, held_out=True)
-        images = torch.stack([picture(things, toy.boxes(things, rng), rng) for things in scenes])
-        scores = clip.see(images.to(clip.logit_scale.device)) @ clip.read([toy.caption(things, 0) for things in scenes]).T
-        right += sum(scenes[number] == scenes[best] for number, best in enumerate(scores.argmax(dim=1).tolist()))
-    return 100 * right / (rounds * candidates)
+def clip_accuracy(clip: Clip, rng: random.Random, count: int = 500, candidates: int = 32) -> float:
+    """Percent of held-out pictures whose own caption is the nearest of 32: a quarter of the others differ in one word,
+    the rest belong to any other scenes."""
+    right, device, drawn, others = 0, clip.logit_scale.device, toy.scenes(rng, held_out=True), toy.scenes(rng)
+    for things in islice(drawn, count):
+        scenes = [things, *(nearly(things, rng) for _ in range(candidates // 4))]
+        scenes += islice(others, candidates - len(scenes))
+        image = picture(things, toy.boxes(things, rng), rng)[None].to(device)
+        scores = clip.read([toy.caption(scene, 0) for scene in scenes]) @ clip.see(image)[0]  # (candidates,)
+        right += scenes[int(scores.argmax())] == things
+    return 100 * right / count
 
 
 # ---------------------------------------------------------------------------------------------
 # LLaMA
 
 
-def bags(things, placed) -> list[str]:
-    """The words of each patch in reading order: of the thing on it, if it covers a third of it, and of its place."""
+def bags(things, placed) -> list[list[str]]:
+    """The words for each patch in reading order: of the thing on it, if it covers a third of it, and of the place."""
     words, side = [], VISION.patch_size
     for top in range(0, VISION.image_size, side):
         for left in range(0, VISION.image_size, side):
             cell = (top + side // 2) * 3 // VISION.image_size * 3 + (left + side // 2) * 3 // VISION.image_size
-            said = ""
+            said = []
             for thing, (x, y, width, height) in zip(things, placed):
                 across = min(x + width, left + side) - max(x, left)
                 down = min(y + height, top + side) - max(y, top)
                 if across > 0 and down > 0 and across * down > side * side / 3:
-                    said, cell = f"{thing.kind} {thing.color} {thing.size} ", thing.cell
-            words.append(said + toy.PLACES[cell].split("the ")[1])
+                    said, cell = [thing.kind, thing.color, thing.size], thing.cell
+            words.append([*said, PLACES[cell]])
     return words
 
 
@@ -249,31 +254,26 @@ class Told:
 
     def __init__(self, model: Llava, tokenizer: Tokenizer):
         self.model = model
-        self.pieces = {word: tokenizer.encode(word) for words in (toy.KINDS, toy.COLORS, toy.SIZES, PLACE_WORDS) for word in words}
-        self.width = 5 * max(map(len, self.pieces.values()))
+        self.pieces = {word: tokenizer.encode(word) for words in (toy.KINDS, toy.COLORS, toy.SIZES, PLACES) for word in words}
 
-    def __call__(self, scenes: list[list[str]], rng: random.Random, forget: float = 0.0, noise: float = 0.0) -> torch.Tensor:
+    def __call__(self, scenes: list[list[list[str]]], rng: random.Random, forget: float = 0.0, noise: float = 0.0) -> torch.Tensor:
         """N lists of bags to (N, P, D). `forget`: the share of words left out; `noise`: in units of the embeddings' spread."""
         table = self.model.language_model.model.embed_tokens.weight
-        rows = []
-        for words in (words for scene in scenes for words in scene):
-            pieces = [piece for word in words.split() if rng.random() >= forget for piece in self.pieces[word]]
-            rows.append(pieces + [-1] * (self.width - len(pieces)))
-        tokens = torch.tensor(rows, device=table.device).view(len(scenes), -1, self.width)
+        rows = [[piece for word in words if rng.random() >= forget for piece in self.pieces[word]]
+                for scene in scenes for words in scene]
+        width = max(map(len, rows))
+        tokens = torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=table.device).view(len(scenes), -1, width)
         embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
         embeds = embeds.sum(dim=2)
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
 
 
-PLACE_WORDS = ("top", "bottom", "left", "right", "middle")
-
-
 def first_lesson(things, rng: random.Random) -> list[str]:
-    """Questions whose answers are a key and its value, "red" after "cat": the shortest step to looking things up."""
+    """Questions whose answers are a key and its value, "cat red": the shortest step to looking things up."""
     texts = []
-    for kind, question, answer in toy.ask(things, rng, 6, {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}):
-        key, value = (question[8:-1], answer.split()[-1][:-1]) if kind == "kind" else answer[4:-1].split(" is ")
-        texts += [question, f"{key} {value}"]
+    for kind, question, answer in toy.ask(things, rng, 6, EASY):
+        key, value = (question, answer.split()[-1]) if kind == "kind" else answer.split(" is ")
+        texts += [question, " ".join(text.lower().split("the ")[-1].strip("?.") for text in (key, value))]
     return texts
 
 
@@ -290,13 +290,11 @@ def lesson(things, rng: random.Random) -> list[str]:
     return [text for pair in pairs for text in pair]
 
 
-def in_prose(texts: list[str], things, rng: random.Random) -> list[dict]:
-    """A conversation about a scene that is told before, or after, the first question."""
+def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
+    """The conversation with a scene told in prose where its picture would stand."""
     style = rng.randrange(toy.STYLES + 1)
     story = toy.description(things) if style == toy.STYLES else toy.caption(things, style)
-    turns = teacher.turns(texts, rng)
-    turns[0]["value"] = turns[0]["value"].replace(IMAGE, story)
-    return turns
+    return [{**turn, "value": turn["value"].replace(IMAGE, story)} for turn in turns]
 
 
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps: int = 4000, batch_size: int = 16) -> None:
@@ -313,10 +311,12 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
             first = step < 300
             prose = not first and rng.random() < 1 / 3
             scenes = [next(drawn) for _ in range(batch_size)]
-            texts = [(first_lesson if first else lesson)(things, rng) for things in scenes]
-            rows = [(in_prose(said, things, rng) if prose else teacher.turns(said, rng)) for said, things in zip(texts, scenes)]
-            rows = [tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID) for turns in rows]
-            tokens, labels, _ = collate([(*row, []) for row in rows])
+            rows = []
+            for things in scenes:
+                turns = teacher.turns(first_lesson(things, rng) if first else lesson(things, rng), first or rng.random() < 0.5)
+                turns = tell(turns, things, rng) if prose else turns
+                rows.append((*tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), []))
+            tokens, labels, _ = collate(rows)
             yield tokens.to(device), labels.to(device), None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
 
     def loss_of(batch):
@@ -350,10 +350,11 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
     """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, and its replies."""
     told, drawn = Told(model, tokenizer), toy.scenes(rng, held_out=True)
     rows, said = [], []
-    for things, _ in zip(drawn, range(count)):
+    for things in islice(drawn, count):
         asked = [pair for kind in toy.QUESTIONS for pair in toy.ask(things, rng, 1, {kind: toy.QUESTIONS[kind]})]
         scene = bags(things, toy.boxes(things, rng))
-        turns = [(in_prose([question], things, rng) if prose else teacher.turns([question], rng)) for _, question, _ in asked]
+        turns = [teacher.turns([question], picture_first=True) for _, question, _ in asked]
+        turns = [tell(turn, things, rng) for turn in turns] if prose else turns
         pictures = None if prose else told([scene] * len(asked), rng)
         said += replies(model, tokenizer, turns, [[]] * len(asked), pictures=pictures)
         rows += [{"type": kind, "conversations": [{}, {"value": answer}]} for kind, _, answer in asked]

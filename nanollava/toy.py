@@ -419,7 +419,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 for kind in QUESTIONS:
                     for _, question, answer in ask(things, rng, 1, {kind: QUESTIONS[kind]}):
                         tests_rows.append({"id": f"{number}-{kind}", "image": file, "type": kind,
-                                           "conversations": teacher.turns([question, answer], rng)})
+                                           "conversations": teacher.turns([question, answer], picture_first=True)})
                 continue
             sentences = [caption(things, style) for style in range(STYLES)]
             images.append({"id": number, "file_name": file, "width": PICTURE_SIZE, "height": PICTURE_SIZE})
@@ -429,7 +429,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 instances.append({"id": len(instances), "image_id": number, "category_id": 1 + list(KINDS).index(thing.kind),
                                   "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
             pretrain.append({"id": str(number), "image": file,
-                             "conversations": teacher.turns([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng)})
+                             "conversations": teacher.turns([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng.random() < 0.5)})
             shares = [(t.kind, [x / PICTURE_SIZE, y / PICTURE_SIZE, (x + w) / PICTURE_SIZE, (y + h) / PICTURE_SIZE])
                       for t, (x, y, w, h) in zip(things, placed)]
             # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here

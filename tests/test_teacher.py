@@ -21,7 +21,8 @@ def test_blocks_become_turns_and_answers_may_hold_blank_lines_and_lists():
 
 
 def test_the_picture_stands_before_or_after_the_first_question_by_chance():
-    first = {teacher.turns(["What?", "A cat."], random.Random(seed))[0]["value"] for seed in range(20)}
+    reply = "Question:\nWhat?\n===\nAnswer:\nA cat."
+    first = {teacher.parse("conversation", reply, random.Random(seed))[0]["value"] for seed in range(20)}
     assert first == {"<image>\nWhat?", "What?\n<image>"}
 
 
