@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from nanollava.checkpoint import read_config
 from nanollava.data import Conversations, loader
 from nanollava.evaluate import table, toy_table
 from nanollava.files import InputError, Parser, one_line_errors, positive, say

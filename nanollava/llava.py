@@ -7,7 +7,7 @@
 H_v = W Z_v (equation 1) takes the place of the picture's tokens among the embeddings of the text.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch

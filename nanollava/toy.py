@@ -240,7 +240,7 @@ def name(thing: Thing, things: tuple[Thing, ...], hide: str = "") -> str | None:
 
 def ask_kind(things, rng):
     thing = rng.choice(things)
-    return f"What is {thing.place}?", sentence(f"it is {a(thing.kind)}")
+    return f"What is {thing.place}?", sentence(f"{thing.place} is {a(thing.kind)}")
 
 
 def ask_color(things, rng):
