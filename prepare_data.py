@@ -21,17 +21,19 @@ def parse_arguments():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
-    command = commands.add_parser("toy", doc="Draw the toy world: pictures, captions, boxes, conversations, test questions.")
-    command.add_argument("--out", type=Path, default=Path("data/toy"), help="folder to write (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
-    command.add_argument("--scenes", type=positive(int), default=8000, help="pictures to train on (default: %(default)s)")
+    command = commands.add_parser("toy", doc="Draw the toy world: pictures, captions, boxes, conversations, a test.")
+    add = command.add_argument
+    add("--out", type=Path, default=Path("data/toy"), help="folder to write (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
+    add("--scenes", type=positive(int), default=8000, help="pictures to train on (default: %(default)s)")
     command.set_defaults(run=draw_toy_world)
 
-    command = commands.add_parser("show", doc="Print a conversation as the model reads it: green is learned, grey is only read.")
-    command.add_argument("--data", type=Path, default=Path("data/toy/instruct.json"), help="LLaVA JSON (default: %(default)s)")
-    command.add_argument("--model", type=Path, default=ASSETS / "toy-llama", help="folder with the tokenizer.model (default: assets/toy-llama)")
-    command.add_argument("--template", choices=TEMPLATES, default="vicuna_v1", help="the words around the turns (default: %(default)s)")
-    command.add_argument("--row", type=int, help="which row, from 0 (default: one by chance)")
+    command = commands.add_parser("show", doc="Print a row as the model reads it: green is learned, grey is only read.")
+    add = command.add_argument
+    add("--data", type=Path, default=Path("data/toy/instruct.json"), help="LLaVA JSON (default: %(default)s)")
+    add("--model", type=Path, default=ASSETS / "toy-llama", help="folder of the tokenizer (default: assets/toy-llama)")
+    add("--template", choices=TEMPLATES, default="vicuna_v1", help="the words around the turns (default: %(default)s)")
+    add("--row", type=int, help="which row, from 0 (default: one by chance)")
     command.set_defaults(run=show_row)
     parser.set_defaults(run=lambda arguments: parser.print_help())
     return parser.parse_args()

@@ -25,11 +25,11 @@ TOY = Path("runs/toy")
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--image", type=Path, action="append", default=[], help="a picture; several in the order in which they are shown")
-    add("--prompt", action="append", help="a question; several make a conversation. Without any: a chat, or a question a line")
+    add("--image", type=Path, action="append", default=[], help="a picture; several are shown in the order given")
+    add("--prompt", action="append", help="a question; several make a conversation; none: a chat, or a question a line")
     add("--model", type=Path, help="folder of a LLaVA (default: the toy run, runs/toy/stage2)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the model believes (default: 0)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability together (default: 1)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model believes (default: 0)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this probability (default: 1)")
     add("--max-new-tokens", type=positive(int), default=512, help="longest reply (default: %(default)s)")
     add("--seed", type=int, help="the same seed draws the same reply")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
@@ -57,12 +57,12 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
 
     images = [preprocess(picture, model.config.image_size) for picture in pictures]
-    turns = []
+    turns, how = [], (arguments.max_new_tokens, arguments.temperature, arguments.top_p)
     for question in arguments.prompt or questions():
         marks = "" if turns else f"{IMAGE}\n" * len(images)
         turns.append({"from": "human", "value": marks + question})
         reply = ""
-        for piece in stream(model, tokenizer, turns, images, arguments.max_new_tokens, arguments.temperature, arguments.top_p):
+        for piece in stream(model, tokenizer, turns, images, *how):
             print(piece, end="", flush=True)
             reply += piece
         print()

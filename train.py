@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nanollava.conversation import TEMPLATES
 from nanollava.data import Conversations, loader
 from nanollava.evaluate import table, toy_table
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
@@ -36,25 +37,25 @@ PRESETS = {
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to train").add_argument
-    add("--stage", type=int, choices=(0, 1, 2), help="0 makes the toy CLIP and LLaMA; default: 1, then 2, whatever is missing")
-    add("--preset", choices=PRESETS, default="toy", help="steps and batches for the toy world, or the paper's (default: toy)")
+    add("--stage", type=int, choices=(0, 1, 2), help="0 makes the toy CLIP and LLaMA; default: 1, then 2, if missing")
+    add("--preset", choices=PRESETS, default="toy", help="steps and rates: the toy world's (default) or the paper's")
     add("--vision", type=Path, help="folder of a CLIP (default: assets/toy-clip)")
     add("--llm", type=Path, help="folder of a LLaMA (default: assets/toy-llama)")
     add("--model", type=Path, help="folder of a LLaVA to go on from, instead of --vision and --llm")
-    add("--projector", choices=("linear", "mlp2x_gelu"), default="linear", help="the paper's, or LLaVA-1.5's (default: linear)")
-    add("--template", choices=("v0", "vicuna_v1", "plain"), help="the words around the turns (default: as the model has it, or vicuna_v1)")
+    add("--projector", choices=("linear", "mlp2x_gelu"), default="linear", help="the paper's (default), or LLaVA-1.5's")
+    add("--template", choices=TEMPLATES, help="words around the turns (default: the model's, or vicuna_v1)")
     add("--feature-layer", type=int, choices=(-1, -2), default=-2, help="which block of the CLIP is read (default: -2)")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, help="LLaVA JSON, or a folder made by `prepare_data.py toy` (default: data/toy, made if missing)")
+    add("--data", type=Path, help="LLaVA JSON, or a folder of `prepare_data.py toy` (default: data/toy)")
     add("--images", type=Path, help="folder of the pictures of a LLaVA JSON")
-    add("--out", type=Path, help="folder to write: runs/toy/stage1, say, or without --stage the one above (default: runs/toy)")
-    add("--max-length", type=positive(int), default=2048, help="tokens of a conversation; what is beyond is cut off (default: 2048)")
+    add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
+    add("--max-length", type=positive(int), default=2048, help="cut off what is beyond so many tokens (default: 2048)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=positive(float), help="times through the data; may be a fraction")
     add("--batch-size", type=positive(int), help="conversations a step")
     add("--lr", type=positive(float), help="highest learning rate")
-    add("--seed", type=int, default=0, help="of a toy world still to be drawn, a new projector, the order of the data (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast); weights in training are float32")
+    add("--seed", type=int, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     return parser.parse_args()
 
@@ -82,7 +83,7 @@ def main() -> None:
 def train_toy(run: Path, arguments) -> None:
     """All of it: what is missing of the toy world, of stage 1 and of stage 2, then the evaluation."""
     if arguments.model or arguments.preset != "toy" or (arguments.data and arguments.data.is_file()):
-        raise InputError("without --stage this trains the toy world; say --stage 1 or --stage 2 for your own model or data")
+        raise InputError("without --stage this trains the toy world; say --stage 1 or 2 for your own model or data")
     for stage in (1, 2):
         if (run / f"stage{stage}" / "config.json").is_file():
             say(f"{run}/stage{stage} is there and stays as it is")
@@ -98,7 +99,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
     if (out / "config.json").is_file():
         raise InputError(f"{out} holds a trained model; remove it or choose another --out")
     if start and not (start / "config.json").is_file():
-        raise InputError(f"stage {stage} goes on from {start}, but no model is there: train it (--stage 1), or name another (--model)")
+        raise InputError(f"no model at {start} to go on from: train it (--stage 1), or name another (--model)")
     torch.manual_seed(arguments.seed)
     device = best_device(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
@@ -110,7 +111,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
         model, tokenizer = Llava.from_pretrained(start, dtype, device), Tokenizer(start)
     else:
         vision, llm = arguments.vision or ASSETS / "toy-clip", arguments.llm or ASSETS / "toy-llama"
-        model = Llava.from_parts(vision, llm, arguments.projector, feature_layer=arguments.feature_layer, dtype=dtype, device=device)
+        model = Llava.from_parts(vision, llm, arguments.projector, feature_layer=arguments.feature_layer,
+                                 dtype=dtype, device=device)
         tokenizer = Tokenizer(llm)
     model.config.template = arguments.template or model.config.template
     dataset = Conversations(data, images, tokenizer, model.config, arguments.max_length)
@@ -128,7 +130,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
             return model(tokens.to(device), None if pixels is None else pixels.to(device), labels.to(device))
 
     out.mkdir(parents=True, exist_ok=True)
-    workers = 0 if device == "cpu" else 8  # processes that open pictures; on a CPU they would only take from the training
+    workers = 0 if device == "cpu" else 8  # processes that open pictures; a CPU has better things to do
     batches = loader(dataset, batch_size, steps, arguments.seed, workers)
     fit(f"stage {stage}", loss_of, batches, steps, [optimizer], out / "log.jsonl", lambda batch: batch[0].numel())
     model.config.stage = stage

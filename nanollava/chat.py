@@ -33,10 +33,10 @@ def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0,
     """
     device = model.multi_modal_projector.linear_1.weight.device
     tokens, pixels, _ = prompts(model, tokenizer, [turns], [images], device)
-    longest = model.config.text.max_position_embeddings
-    if tokens.shape[1] >= longest:
-        raise InputError(f"the conversation has {tokens.shape[1]} tokens, but the model reads {longest} at most: begin a new one")
-    max_new_tokens = min(max_new_tokens, longest - tokens.shape[1])
+    length, longest = tokens.shape[1], model.config.text.max_position_embeddings
+    if length >= longest:
+        raise InputError(f"the conversation has {length} tokens, the model reads {longest} at most: begin a new one")
+    max_new_tokens = min(max_new_tokens, longest - length)
     eos_id, stop = stop_of(model, tokenizer)
     reply, said = [], 0
     for token in model.generate(tokens, pixels, max_new_tokens, temperature, top_p, eos_id):

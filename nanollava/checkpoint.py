@@ -71,7 +71,8 @@ def llava_config(raw: dict) -> dict:
     text["vocab_size"] = ours.get("vocab_size", text["vocab_size"])
     layer, layers = raw.get("vision_feature_layer", -2), vision["num_hidden_layers"]
     if layer not in range(-layers - 1, layers + 1):
-        raise InputError(f"config.json: vision_feature_layer {layer!r} is not supported, only one of the {layers} layers")
+        raise InputError(f"config.json: vision_feature_layer {layer!r} is not supported, "
+                         f"only one of the {layers} layers")
     return dict(
         vision=vision, text=text,
         projector="linear" if raw.get("projector_hidden_act") == "linear" else "mlp2x_gelu",
@@ -87,20 +88,22 @@ def llama_json(text: dict) -> dict:
 
 
 def clip_json(vision: dict) -> dict:
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **vision}
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
+            **vision}
 
 
 def llava_json(config: dict) -> dict:
     """The config.json of `asdict(LlavaConfig)`: what LlavaForConditionalGeneration of transformers reads."""
-    vocab_size = config["text"]["vocab_size"]
-    rows = max(vocab_size, config["image_token_id"] + 1)  # see llava_tensors
+    vision, text = config["vision"], config["text"]
+    rows = max(text["vocab_size"], config["image_token_id"] + 1)  # see llava_tensors
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": config["image_token_id"], "image_seq_length": (config["vision"]["image_size"] // config["vision"]["patch_size"]) ** 2,
+        "image_token_index": config["image_token_id"],
+        "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
         "projector_hidden_act": "linear" if config["projector"] == "linear" else "gelu",
         "vision_feature_layer": config["feature_layer"], "vision_feature_select_strategy": "default",
-        "vision_config": clip_json(config["vision"]), "text_config": llama_json({**config["text"], "vocab_size": rows}),
-        "nanollava": {"template": config["template"], "stage": config["stage"], "vocab_size": vocab_size},
+        "vision_config": clip_json(vision), "text_config": llama_json({**text, "vocab_size": rows}),
+        "nanollava": {"template": config["template"], "stage": config["stage"], "vocab_size": text["vocab_size"]},
     }
 
 
@@ -113,17 +116,17 @@ def llama_name(name: str) -> str | None:
 
 
 def clip_name(name: str) -> str | None:
-    if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")) or name.endswith("position_ids"):
-        return None
-    return name.removeprefix("vision_model.")
+    beside = name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale"))
+    return None if beside or name.endswith("position_ids") else name.removeprefix("vision_model.")
 
 
 def llava_name(name: str) -> str | None:
     """Three generations of public names to ours."""
+    ours = ("language_model.model.", "language_model.lm_head.")
     name = name.removeprefix("model.")
     if name.startswith("lm_head."):
         name = f"language_model.{name}"
-    elif name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head.")):
+    elif name.startswith("language_model.") and not name.startswith(ours):
         name = name.replace("language_model.", "language_model.model.", 1)
     name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
     return None if name.endswith(("position_ids", "rotary_emb.inv_freq")) else name
@@ -159,7 +162,9 @@ def llava_tensors(ours: dict[str, torch.Tensor], image_token_id: int) -> dict[st
 def drop_identity(tensors: dict[str, torch.Tensor], folder) -> None:
     """Take the identity out again. Raises InputError if it is none: then the projector is no linear one of ours."""
     weight, bias = tensors.pop(SECOND + "weight", None), tensors.pop(SECOND + "bias", None)
-    if weight is not None and (bias is None or bias.any() or not torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))):
+    if weight is None:
+        return
+    if bias is None or bias.any() or not torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)):
         raise InputError(f"{folder}: projector_hidden_act 'linear' is supported only where {SECOND}* is an identity")
 
 
@@ -177,8 +182,9 @@ def drop_image_token(tensors: dict[str, torch.Tensor], vocab_size: int, image_to
 def read_tensors(folder: str | Path, rename=llama_name) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors by our names, memory-mapped: nothing is read before it is used."""
     folder = Path(folder)
-    if (folder / "model.safetensors.index.json").is_file():
-        paths = sorted({folder / file for file in read_json(folder / "model.safetensors.index.json")["weight_map"].values()})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -215,6 +221,7 @@ def write(folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], fi
     for path in map(Path, files):
         with whole_file(folder / path.name) as beside:
             shutil.copyfile(path, beside)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with whole_file(folder / "model.safetensors") as beside:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+        save_file(tensors, beside, metadata={"format": "pt"})
     write_json(folder / "config.json", config, indent=2)

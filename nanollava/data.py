@@ -41,7 +41,8 @@ class Conversations(torch.utils.data.Dataset):
         files = [files] if isinstance(files, str) else files
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise ValueError("'image' must be a file name or a list of them")
-        tokens, labels = tokenize_conversation(turns, tokenizer, config.template, config.tokens_per_image, config.image_token_id)
+        tokens, labels = tokenize_conversation(turns, tokenizer, config.template,
+                                               config.tokens_per_image, config.image_token_id)
         marks = sum(turn["value"].count(IMAGE) for turn in turns)
         if marks != len(files):
             raise ValueError(f"{len(files)} pictures, but {marks} times {IMAGE} in its text")

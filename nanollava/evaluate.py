@@ -25,7 +25,7 @@ def same(reply: str, truth: str) -> bool:
     return reply.lower().split() == truth.lower().split() or reply.lower().strip(" .") == truth.lower().strip(" .")
 
 
-def answer_all(model, tokenizer, rows, images: Path, wrong_picture: bool = False, batch_size: int = 64, label: str = "") -> list[str]:
+def answer_all(model, tokenizer, rows, images: Path, wrong_picture=False, batch_size=64, label="") -> list[str]:
     """The model's replies to rows of test.json. wrong_picture: each question gets the picture of another row."""
     pixels = {}  # file -> tensor; test pictures are few and asked about many times
     files = [row["image"] for row in rows]
@@ -64,7 +64,8 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     width = max(map(len, rows)) + 2
     lines = [" " * width + "".join(f"{name:>22}" for name in columns)]
     for row in rows:
-        lines.append(f"{row:<{width}}" + "".join(f"{column[row]:>21.1f}%" if row in column else " " * 22 for column in columns.values()))
+        cells = (f"{column[row]:>21.1f}%" if row in column else " " * 22 for column in columns.values())
+        lines.append(f"{row:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -73,7 +74,8 @@ def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = No
     and what the model of stage 2 said to them."""
     rows = read_json(data / "test.json")[:limit]
     columns, said = {}, {}
-    for name, stage, wrong in (("after stage 2", "stage2", False), ("wrong picture", "stage2", True), ("after stage 1", "stage1", False)):
+    for name, stage, wrong in (("after stage 2", "stage2", False), ("wrong picture", "stage2", True),
+                               ("after stage 1", "stage1", False)):
         folder = run / stage
         if stage == "stage1" and not folder.is_dir():
             continue
@@ -103,13 +105,13 @@ def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2,
 def main() -> None:
     parser = Parser(__doc__, prog="python -m nanollava.evaluate")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    command = commands.add_parser("toy", doc="Held-out questions about the toy world, by type, against two controls.")
-    command.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
-    command.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
-    command.add_argument("--limit", type=positive(int), help="ask only the first so many questions")
-    command.add_argument("--out", type=Path, help="write the table as JSON to this file, too")
-    command.add_argument("--picture", type=Path, help="paint some scenes with the model's answers to this file")
-    command.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add = commands.add_parser("toy", doc="Held-out questions about the toy world, against two controls.").add_argument
+    add("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
+    add("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
+    add("--limit", type=positive(int), help="ask only the first so many questions")
+    add("--out", type=Path, help="write the table as JSON to this file, too")
+    add("--picture", type=Path, help="paint some scenes with the model's answers to this file")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
     arguments = parser.parse_args()
     columns, rows, said = toy_table(arguments.run, arguments.data, best_device(arguments.device), arguments.limit)
     print(table(columns))

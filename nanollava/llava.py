@@ -127,7 +127,8 @@ class Llava(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
         """A LLaVA folder: one of ours, or of the public Hugging Face layout."""
         config = checkpoint.llava_config(checkpoint.read_config(folder))
-        config = LlavaConfig(**{**config, "vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])})
+        parts = {"vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])}
+        config = LlavaConfig(**config | parts)
         with torch.device("meta"):
             model = cls(config)
         tensors = checkpoint.read_tensors(folder, checkpoint.llava_name)
@@ -146,8 +147,9 @@ class Llava(nn.Module):
         config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size, template=template)
         with torch.device("meta"):
             model = cls(config)
-        checkpoint.load(model.vision_tower, checkpoint.read_tensors(vision_folder, checkpoint.clip_name), vision_folder, dtype, device)
-        checkpoint.load(model.language_model, checkpoint.read_tensors(llm_folder), llm_folder, dtype, device)
+        for module, folder, rename in ((model.vision_tower, vision_folder, checkpoint.clip_name),
+                                       (model.language_model, llm_folder, checkpoint.llama_name)):
+            checkpoint.load(module, checkpoint.read_tensors(folder, rename), folder, dtype, device)
         model.multi_modal_projector = Projector(config).to(device, dtype)
         return model
 

@@ -37,7 +37,7 @@ from .tokenizer import Tokenizer
 from .training import fit, with_muon
 from .vision import Encoder, VisionConfig, VisionTower
 
-VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=8, hidden_size=128, intermediate_size=512,
+VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
                       num_hidden_layers=5, num_attention_heads=4)
 GRID = VISION.image_size // VISION.patch_size  # patches a side
 
@@ -47,7 +47,6 @@ GRID = VISION.image_size // VISION.patch_size  # patches a side
 
 
 EASY = {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}
-ALL_QUESTIONS = toy.QUESTIONS | toy.REASONING
 PLACES = [place.split(" the ")[1] for place in toy.PLACES]  # "top left"
 WHOLE = [  # texts that shall be one token: one that says nothing, and places that are to be found by one look
     TEMPLATES["vicuna_v1"].system.strip(), *(f" {place}" for place in PLACES if " " in place)]
@@ -59,11 +58,13 @@ def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     lines = [*teacher.BRIEF, *teacher.DETAILED] * 20
     for things in islice(toy.scenes(rng), scenes):
         lines += [toy.caption(things, rng.randrange(toy.STYLES)), toy.description(things)]
-        lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in toy.ask(things, rng, 4, ALL_QUESTIONS)]
+        asked = toy.ask(things, rng, 4, toy.QUESTIONS | toy.REASONING)
+        lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in asked]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=448, hard_vocab_limit=False,
-        character_coverage=1.0, required_chars=string.printable.strip(), normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=1.0, required_chars=string.printable.strip(),
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
         user_defined_symbols=["\n", *(text.replace(" ", "▁") for text in WHOLE)], minloglevel=2)
     with whole_file(path) as beside:
         beside.write_bytes(model.getvalue())
@@ -191,7 +192,7 @@ def picture(things, placed, rng: random.Random) -> torch.Tensor:
     return preprocess(toy.draw(things, placed, rng), VISION.image_size)
 
 
-def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps: int = 3500, batch_size: int = 64) -> None:
+def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=3000, batch_size=128) -> None:
     """Train the toy CLIP by the symmetric contrastive loss on fresh scenes, and save it in bfloat16."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -253,15 +254,18 @@ class Told:
 
     def __init__(self, model: Llava, tokenizer: Tokenizer):
         self.model = model
-        self.pieces = {word: tokenizer.encode(word) for words in (toy.KINDS, toy.COLORS, toy.SIZES, PLACES) for word in words}
+        words = (*toy.KINDS, *toy.COLORS, *toy.SIZES, *PLACES)
+        self.pieces = {word: tokenizer.encode(word) for word in words}
 
-    def __call__(self, scenes: list[list[list[str]]], rng: random.Random, forget: float = 0.0, noise: float = 0.0) -> torch.Tensor:
-        """N lists of bags to (N, P, D). `forget`: the share of words left out; `noise`: in units of the embeddings' spread."""
+    def __call__(self, scenes: list[list[list[str]]], rng: random.Random, forget=0.0, noise=0.0) -> torch.Tensor:
+        """N lists of bags to (N, P, D). `forget` is the share of words left out, `noise` in standard deviations of
+        the embeddings."""
         table = self.model.language_model.model.embed_tokens.weight
         rows = [[piece for word in words if rng.random() >= forget for piece in self.pieces[word]]
                 for scene in scenes for words in scene]
         width = max(map(len, rows))
-        tokens = torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=table.device).view(len(scenes), -1, width)
+        tokens = torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=table.device)
+        tokens = tokens.view(len(scenes), -1, width)  # (N, P, words)
         embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
         embeds = embeds.sum(dim=2)
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
@@ -278,7 +282,7 @@ def first_lesson(things, rng: random.Random) -> list[str]:
 
 def lesson(things, rng: random.Random) -> list[str]:
     """Questions and answers in turn: a few of all types, at times a caption, a description or some reasoning."""
-    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 5)]
+    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 4)]
     if rng.random() < 0.2:
         pairs.append([rng.choice(teacher.BRIEF), toy.caption(things, rng.randrange(toy.STYLES))])
     if rng.random() < 0.1:
@@ -296,7 +300,7 @@ def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     return [{**turn, "value": turn["value"].replace(IMAGE, story)} for turn in turns]
 
 
-def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps: int = 4000, batch_size: int = 16) -> None:
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=2500, batch_size=16) -> None:
     """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
     torch.manual_seed(seed)
     rng, drawn = random.Random(seed), toy.scenes(random.Random(seed))
@@ -307,20 +311,23 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
 
     def batches():
         for step in range(steps):
-            first = step < 300
+            first = step < 350
             prose = not first and rng.random() < 1 / 3
             scenes = [next(drawn) for _ in range(batch_size)]
             rows = []
             for things in scenes:
-                turns = teacher.turns(first_lesson(things, rng) if first else lesson(things, rng), first or rng.random() < 0.5)
+                texts = first_lesson(things, rng) if first else lesson(things, rng)
+                turns = teacher.turns(texts, picture_first=first or rng.random() < 0.5)
                 turns = tell(turns, things, rng) if prose else turns
                 rows.append((*tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), []))
             tokens, labels, _ = collate(rows)
-            yield tokens.to(device), labels.to(device), None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
+            words = None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
+            yield tokens.to(device), labels.to(device), words
 
     def loss_of(batch):
-        tokens, labels, scenes = batch
-        return model(tokens, labels=labels, pictures=None if scenes is None else told(scenes, rng, forget=0.1, noise=0.3))
+        tokens, labels, words = batch
+        pictures = None if words is None else told(words, rng, forget=0.1, noise=0.3)
+        return model(tokens, labels=labels, pictures=pictures)
 
     fit("toy LLaMA", loss_of, batches(), steps, with_muon(model.language_model, 0.008, 1.2e-3))
     tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
@@ -328,7 +335,9 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
 
 
 def llama_config(vocab_size: int) -> LlamaConfig:
-    return LlamaConfig(vocab_size, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6)
+    """As LLaMA 3, with long waves in its rotary angles: things are found by what they are, not by how far they are."""
+    return LlamaConfig(vocab_size, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
+                       rope_theta=500_000.0)
 
 
 def initialize(llama: nn.Module) -> None:
@@ -346,7 +355,7 @@ def initialize(llama: nn.Module) -> None:
 
 @torch.no_grad()
 def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, prose: bool):
-    """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, and its replies."""
+    """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, its replies."""
     told, drawn = Told(model, tokenizer), toy.scenes(rng, held_out=True)
     rows, said = [], []
     for things in islice(drawn, count):

@@ -97,7 +97,8 @@ def parse(kind: str, reply: str, rng: random.Random) -> list[dict]:
         texts = [rng.choice(DETAILED), reply.strip()]
     else:
         texts = []
-        for number, block in enumerate(re.split(r"^\s*={3,}\s*$", reply.strip().strip("=").strip(), flags=re.MULTILINE)):
+        blocks = re.split(r"^\s*={3,}\s*$", reply.strip().strip("=").strip(), flags=re.MULTILINE)
+        for number, block in enumerate(blocks):
             label = ("Question:", "Answer:")[number % 2]
             first, _, rest = block.strip().partition("\n")
             if not first.startswith(label):

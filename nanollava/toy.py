@@ -1,7 +1,7 @@
 """The toy world: pictures that a laptop can learn to see, and a teacher that never sees them.
 
 A scene is one to three things (a big red cat at the top left, a small blue ball in the middle) on a
-3x3 grid of places. Pillow draws it in 64x64 pixels. Its captions and boxes are written down in COCO's
+3x3 grid of places. Pillow draws it in 96x96 pixels. Its captions and boxes are written down in COCO's
 format, and, as in section 3 of the paper, *only that text* reaches the teacher, who writes the
 conversations, the detailed descriptions and the reasoning that the model is trained on.
 
@@ -25,7 +25,7 @@ from . import teacher
 from .files import InputError, write_json
 from .progress import progress
 
-PICTURE_SIZE = 64  # pixels
+PICTURE_SIZE = 96  # pixels
 KINDS = {  # and the color of their details: eyes, stripe, beak, door, trunk, wheels, belt
     "cat": (170, 250, 60), "fish": (255, 255, 255), "bird": (250, 190, 0), "house": (140, 225, 255),
     "tree": (80, 50, 25), "car": (25, 25, 25), "ball": (255, 255, 255), "star": (255, 255, 255),
@@ -34,7 +34,7 @@ COLORS = {
     "red": (214, 39, 40), "orange": (255, 140, 0), "yellow": (240, 210, 20), "green": (30, 150, 60),
     "blue": (40, 90, 220), "purple": (130, 50, 180), "pink": (255, 130, 190), "brown": (125, 75, 35),
 }
-SIZES = {"small": (14, 15), "big": (19, 21)}  # smallest and largest side of a sprite, in pixels
+SIZES = {"small": (20, 22), "big": (28, 31)}  # smallest and largest side of a sprite, in pixels
 PLACES = (
     "at the top left", "at the top", "at the top right",
     "on the left", "in the middle", "on the right",
@@ -103,7 +103,7 @@ def boxes(things: tuple[Thing, ...], rng: random.Random) -> list[tuple[int, int,
 
 
 def draw(things: tuple[Thing, ...], placed: list[tuple[int, int, int, int]], rng: random.Random) -> Image.Image:
-    """The picture of a scene: RGB, 64x64, with a little freedom in every color."""
+    """The picture of a scene: RGB, 96x96, with a little freedom in every color."""
     picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), shade(rng.choice(GROUNDS), rng))
     for thing, (left, top, side, _) in zip(things, placed):
         shape, details = sprite(thing.kind, side)
@@ -338,7 +338,8 @@ def ask_more(things, rng):
         return None
     one, other = rng.sample(kinds, 2)
     many, few = (sum(t.kind == kind for t in things) for kind in (one, other))
-    counted = [f"{NUMBERS[number]} {kind if number == 1 else plural(kind)}" for number, kind in ((many, one), (few, other))]
+    counted = [f"{NUMBERS[number]} {kind if number == 1 else plural(kind)}"
+               for number, kind in ((many, one), (few, other))]
     return (f"Are there more {plural(one)} than {plural(other)}?",
             sentence(f"there {'is' if many == 1 else 'are'} {listed(counted)}, so {'yes' if many > few else 'no'}"))
 
@@ -363,10 +364,10 @@ def ask(things: tuple[Thing, ...], rng: random.Random, count: int, questions=QUE
 # The teacher
 
 
+_PLACE = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" before "at the top"
 _THING = re.compile(
-    rf"(?:(?P<before>{'|'.join(sorted(PLACES, key=len, reverse=True))}) )?an? (?P<size>{'|'.join(SIZES)}) "
-    rf"(?P<color>{'|'.join(COLORS)}) (?P<kind>{'|'.join(KINDS)})(?: (?P<after>{'|'.join(sorted(PLACES, key=len, reverse=True))}))?",
-    re.IGNORECASE)
+    rf"(?:(?P<before>{_PLACE}) )?an? (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) "
+    rf"(?P<kind>{'|'.join(KINDS)})(?: (?P<after>{_PLACE}))?", re.IGNORECASE)
 
 
 def read(text: str) -> tuple[Thing, ...]:
@@ -406,10 +407,10 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
     if folder.exists():
         raise InputError(f"{folder} is there already; remove it or choose another --out")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    (beside / "images").mkdir(parents=True)
-    (beside / "annotations").mkdir()
-    images, captions, instances, pretrain, instruct, tests_rows = [], [], [], [], [], []
+    images, captions, instances, pretrain, instruct, test = [], [], [], [], [], []
     try:
+        (beside / "images").mkdir(parents=True)
+        (beside / "annotations").mkdir()
         training, testing = scenes(rng), scenes(rng, held_out=True)
         for number in progress(range(count + tests), "toy world", "pictures"):
             things = next(training if number < count else testing)
@@ -418,18 +419,19 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
             if number >= count:
                 for kind in QUESTIONS:
                     for _, question, answer in ask(things, rng, 1, {kind: QUESTIONS[kind]}):
-                        tests_rows.append({"id": f"{number}-{kind}", "image": file, "type": kind,
-                                           "conversations": teacher.turns([question, answer], picture_first=True)})
+                        test.append({"id": f"{number}-{kind}", "image": file, "type": kind,
+                                     "conversations": teacher.turns([question, answer], picture_first=True)})
                 continue
             sentences = [caption(things, style) for style in range(STYLES)]
             images.append({"id": number, "file_name": file, "width": PICTURE_SIZE, "height": PICTURE_SIZE})
             for text in sentences:
                 captions.append({"id": len(captions), "image_id": number, "caption": text})
             for thing, box in zip(things, placed):
-                instances.append({"id": len(instances), "image_id": number, "category_id": 1 + list(KINDS).index(thing.kind),
+                category = 1 + list(KINDS).index(thing.kind)
+                instances.append({"id": len(instances), "image_id": number, "category_id": category,
                                   "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
-            pretrain.append({"id": str(number), "image": file,
-                             "conversations": teacher.turns([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng.random() < 0.5)})
+            brief = teacher.turns([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng.random() < 0.5)
+            pretrain.append({"id": str(number), "image": file, "conversations": brief})
             shares = [(t.kind, [x / PICTURE_SIZE, y / PICTURE_SIZE, (x + w) / PICTURE_SIZE, (y + h) / PICTURE_SIZE])
                       for t, (x, y, w, h) in zip(things, placed)]
             # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
@@ -437,12 +439,15 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
             for kind, share in (("conversation", 1.0), ("detail", 0.15), ("reasoning", 0.25)):
                 if rng.random() < share:
                     reply = toy_teacher(teacher.messages(kind, sentences, shares))
-                    instruct.append({"id": f"{number}-{kind}", "image": file, "conversations": teacher.parse(kind, reply, rng)})
+                    turns = teacher.parse(kind, reply, rng)
+                    instruct.append({"id": f"{number}-{kind}", "image": file, "conversations": turns})
         categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(KINDS)]
-        for name, value in (("annotations/captions.json", {"images": images, "annotations": captions}),
-                            ("annotations/instances.json", {"images": images, "annotations": instances, "categories": categories}),
-                            ("pretrain.json", pretrain), ("instruct.json", instruct), ("test.json", tests_rows)):
-            write_json(beside / name, value)
+        write_json(beside / "annotations" / "captions.json", {"images": images, "annotations": captions})
+        write_json(beside / "annotations" / "instances.json",
+                   {"images": images, "annotations": instances, "categories": categories})
+        write_json(beside / "pretrain.json", pretrain)
+        write_json(beside / "instruct.json", instruct)
+        write_json(beside / "test.json", test)
         beside.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

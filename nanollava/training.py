@@ -117,7 +117,8 @@ def fit(
                 now = time.monotonic()
                 if lines:
                     row = {"step": step, "loss": value, "lr": learning_rate(step, steps, peaks[-1]),
-                           "tokens_per_second": round(tokens_of(batch) / (now - last)), "seconds": round(now - start, 3)}
+                           "tokens_per_second": round(tokens_of(batch) / (now - last)),
+                           "seconds": round(now - start, 3)}
                     lines.write(json.dumps(row) + "\n")
                 last = now
                 progress.update(step + 1, f"loss {average:.3f}")

@@ -45,8 +45,10 @@ def test_three_generations_of_names_are_read(folder, model, generation):
 @pytest.mark.parametrize("change, complaint", [
     (lambda tensors: {k: t for k, t in tensors.items() if "lm_head" not in k}, "lm_head.weight is missing"),
     (lambda tensors: tensors | {"extra": torch.zeros(1)}, "extra is left over"),
-    (lambda tensors: tensors | {"language_model.model.norm.weight": torch.zeros(5)}, r"norm.weight has shape \(5,\), not \(32,\)"),
-    (lambda tensors: tensors | {"multi_modal_projector.linear_2.bias": torch.ones(32)}, "only where .*linear_2.* is an identity"),
+    (lambda tensors: tensors | {"language_model.model.norm.weight": torch.zeros(5)},
+     r"norm.weight has shape \(5,\), not \(32,\)"),
+    (lambda tensors: tensors | {"multi_modal_projector.linear_2.bias": torch.ones(32)},
+     "only where .*linear_2.* is an identity"),
 ])
 def test_tensors_that_do_not_fit_are_named(folder, change, complaint):
     rewrite(folder, change)
@@ -81,7 +83,8 @@ def test_parts_get_a_fresh_projector_between_them(model, tmp_path, tokenizer):
     clip, llama = tmp_path / "clip", tmp_path / "llama"
     vision = {f"vision_model.{name}": tensor for name, tensor in model.vision_tower.state_dict().items()}
     checkpoint.write(clip, checkpoint.clip_json(vars(model.config.vision)), vision | {"logit_scale": torch.ones(1)})
-    checkpoint.write(llama, checkpoint.llama_json(vars(model.config.text)), model.language_model.state_dict(), [tokenizer.path])
+    checkpoint.write(llama, checkpoint.llama_json(vars(model.config.text)), model.language_model.state_dict(),
+                     [tokenizer.path])
     whole = Llava.from_parts(clip, llama)
     assert whole.config == model.config
     images = torch.randn(1, 3, 32, 32)

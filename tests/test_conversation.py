@@ -19,13 +19,15 @@ def text(tokens, tokenizer):
 
 @pytest.mark.parametrize("template, whole, learned", [
     ("vicuna_v1",
-     "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the user's questions. USER: <image><image> \nWhat is at the top? ASSISTANT: It is a cat.</s>"
+     "<s> A chat between a curious user and an artificial intelligence assistant. "
+     "The assistant gives helpful, detailed, and polite answers to the user's questions."
+     " USER: <image><image> \nWhat is at the top? ASSISTANT: It is a cat.</s>"
      " USER: What color is the cat? ASSISTANT: The cat is red.</s>",
      " It is a cat.</s> The cat is red.</s>"),
     ("v0",
-     "<s> A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-     "and polite answers to the human's questions.###Human: <image><image> \nWhat is at the top?###Assistant: It is a cat. ###"
+     "<s> A chat between a curious human and an artificial intelligence assistant. "
+     "The assistant gives helpful, detailed, and polite answers to the human's questions.###"
+     "Human: <image><image> \nWhat is at the top?###Assistant: It is a cat. ###"
      " Human: What color is the cat?###Assistant: The cat is red. ###",
      " It is a cat. ### The cat is red. ###"),
     ("plain",

@@ -66,7 +66,9 @@ def test_the_loader_goes_on_with_another_epoch(world, tokenizer, config, tmp_pat
     assert torch.is_tensor(batches[0][2])
 
 
-@pytest.mark.parametrize("content, complaint", [("[", "is not JSON"), ("{}", "is not a list"), ("[]", "is not a list"), ("[3]", "row 0: it has no 'conv")])
+@pytest.mark.parametrize("content, complaint", [
+    ("[", "is not JSON"), ("{}", "is not a list"), ("[]", "is not a list"), ("[3]", "row 0: it has no 'conv"),
+])
 def test_a_file_that_is_no_list_of_conversations_is_refused(world, tokenizer, config, tmp_path, content, complaint):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(InputError, match=complaint):

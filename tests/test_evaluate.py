@@ -13,7 +13,8 @@ def test_a_reply_is_right_if_it_is_the_sentence(reply, right):
 
 
 def test_accuracy_counts_by_type_and_over_all():
-    rows = [{"type": kind, "conversations": [{}, {"value": "Yes."}]} for kind in ("kind", "kind", "color", "color", "color")]
+    rows = [{"type": kind, "conversations": [{}, {"value": "Yes."}]}
+            for kind in ("kind", "kind", "color", "color", "color")]
     assert accuracy(rows, ["Yes.", "No.", "Yes.", "Yes.", "Yes."]) == {"kind": 50.0, "color": 100.0, "all": 80.0}
 
 
@@ -25,12 +26,17 @@ def test_a_table_leaves_open_what_a_column_does_not_have():
 def test_the_wrong_picture_is_another_one(model, tokenizer, world, monkeypatch):
     from nanollava import evaluate
 
-    rows, shown = read_json(world / "test.json"), {}
+    rows, shown, opened = read_json(world / "test.json"), {}, []
+
+    def replies(model, tokenizer, turns, images, **_):
+        opened.extend(images)
+        return [""] * len(turns)
+
+    monkeypatch.setattr(evaluate, "preprocess", lambda picture, size: picture)
+    monkeypatch.setattr(evaluate, "open_image", lambda path: path.name)
+    monkeypatch.setattr(evaluate, "replies", replies)
     for wrong in (False, True):
-        opened = []
-        monkeypatch.setattr(evaluate, "preprocess", lambda picture, size: picture)
-        monkeypatch.setattr(evaluate, "open_image", lambda path: path.name)
-        monkeypatch.setattr(evaluate, "replies", lambda model, tokenizer, turns, images, **_: opened.extend(images) or [""] * len(turns))
+        opened.clear()
         answer_all(model, tokenizer, rows, world / "images", wrong_picture=wrong)
         shown[wrong] = [file for (file,) in opened]
     assert sorted(set(shown[True])) == sorted(set(shown[False]))

@@ -2,7 +2,8 @@ import torch
 
 from nanollava.llama import KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
 
-TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2)
 
 
 def test_nobody_sees_what_comes_after():

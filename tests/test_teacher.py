@@ -13,7 +13,8 @@ def test_conversations_are_made_from_captions_alone_the_others_from_boxes_too():
 
 
 def test_blocks_become_turns_and_answers_may_hold_blank_lines_and_lists():
-    reply = "Question:\nWhat is there?\n===\nAnswer:\nTwo things:\n\n- a cat\n- a dog\n===\nQuestion: Where?\n===\nAnswer: Left."
+    reply = ("Question:\nWhat is there?\n===\nAnswer:\nTwo things:\n\n- a cat\n- a dog\n"
+             "===\nQuestion: Where?\n===\nAnswer: Left.")
     turns = teacher.parse("conversation", reply, random.Random(0))
     assert [turn["from"] for turn in turns] == ["human", "gpt"] * 2
     assert turns[1]["value"] == "Two things:\n\n- a cat\n- a dog"

@@ -26,7 +26,8 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_strengths():
 def test_fit_goes_downhill_and_logs_every_step(tmp_path, optimizer):
     weight = torch.nn.Parameter(torch.randn(3, 3))
     target = torch.eye(3)
-    fit("test", lambda _: (weight - target).square().mean(), range(100), 100, [optimizer([weight])], tmp_path / "log.jsonl", lambda _: 5)
+    fit("test", lambda _: (weight - target).square().mean(), range(100), 100, [optimizer([weight])],
+        tmp_path / "log.jsonl", lambda _: 5)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(100))
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]

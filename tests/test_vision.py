@@ -2,7 +2,8 @@ import torch
 
 from nanollava.vision import VisionConfig, VisionTower, quick_gelu
 
-TINY = VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+TINY = VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                    num_attention_heads=2)
 
 
 def test_a_picture_becomes_a_class_token_and_its_patches():
@@ -28,11 +29,13 @@ def test_patches_are_read_row_by_row():
 
 def test_a_block_agrees_with_torch_own_encoder_layer():
     ours = VisionTower(TINY).encoder.layers[0]
-    theirs = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0, activation=quick_gelu, batch_first=True, norm_first=True)
+    theirs = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0, activation=quick_gelu,
+                                              batch_first=True, norm_first=True)
     attention = ours.self_attn
+    three = (attention.q_proj, attention.k_proj, attention.v_proj)
     names = {
-        "self_attn.in_proj_weight": torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]),
-        "self_attn.in_proj_bias": torch.cat([p.bias for p in (attention.q_proj, attention.k_proj, attention.v_proj)]),
+        "self_attn.in_proj_weight": torch.cat([part.weight for part in three]),
+        "self_attn.in_proj_bias": torch.cat([part.bias for part in three]),
         "self_attn.out_proj.weight": attention.out_proj.weight, "self_attn.out_proj.bias": attention.out_proj.bias,
         "linear1.weight": ours.mlp.fc1.weight, "linear1.bias": ours.mlp.fc1.bias,
         "linear2.weight": ours.mlp.fc2.weight, "linear2.bias": ours.mlp.fc2.bias,

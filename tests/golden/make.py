@@ -25,13 +25,16 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
-from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel,
-                          LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessorPil)
+from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig,
+                          CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
+                          LlavaImageProcessorPil)
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # nanollava, for linear/
-VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7)
-TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+              image_size=28, patch_size=7)
+TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2)
 IMAGE_TOKEN, IMAGE_LENGTH = 60, 16
 
 
@@ -54,7 +57,8 @@ def save_and_open(model, folder, **options):
 
 
 def open_strictly(kind, folder):
-    model, report = kind.from_pretrained(HERE / folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    model, report = kind.from_pretrained(HERE / folder, dtype=torch.float32, attn_implementation="eager",
+                                         output_loading_info=True)
     assert not any(report.values()), report  # nothing missing, left over or of another shape
     return model.eval()
 
@@ -77,7 +81,8 @@ def answers(model, tokens, images=None):
 
 def make_llava(pixels):
     vision, text = CLIPVisionConfig(**VISION, projection_dim=16), LlamaConfig(**TEXT)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=IMAGE_LENGTH)
+    config = LlavaConfig(vision_config=vision, text_config=text,
+                         image_token_index=IMAGE_TOKEN, image_seq_length=IMAGE_LENGTH)
     model = save_and_open(randomize(LlavaForConditionalGeneration(config), seed=2), "llava")
     tower, picture = model.model.vision_tower, [IMAGE_TOKEN] * IMAGE_LENGTH
     layers = tower(pixels, output_hidden_states=True).hidden_states
@@ -90,9 +95,10 @@ def make_llava(pixels):
     mask = torch.arange(len(two)) < torch.tensor([[len(one)], [len(two)]])
     loss = model(tokens, pixel_values=pixels[[1, 0, 1]], attention_mask=mask.long(), labels=labels).loss
 
-    text = CLIPTextConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                          max_position_embeddings=8, bos_token_id=0, eos_token_id=2)
-    clip = randomize(CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=16)), seed=5)
+    text = CLIPTextConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=2)
+    both = CLIPConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=16)
+    clip = randomize(CLIPModel(both), seed=5)
     alone = CLIPVisionModel(vision)
     alone.load_state_dict(tower.state_dict())
     clip.vision_model.load_state_dict(tower.state_dict())
@@ -110,14 +116,16 @@ def make_linear(pixels):
     from nanollava import Llava, llama, llava, vision
 
     text = llama.LlamaConfig(**TEXT, rope_theta=500000.0, rms_norm_eps=1e-5)
-    config = llava.LlavaConfig(vision.VisionConfig(**VISION | {"num_hidden_layers": 2}), text, image_token_id=text.vocab_size)
+    tower = vision.VisionConfig(**VISION | {"num_hidden_layers": 2})
+    config = llava.LlavaConfig(tower, text, image_token_id=text.vocab_size)
     randomize(Llava(config), seed=1).half().save_pretrained(HERE / "linear")
     model = open_strictly(LlavaForConditionalGeneration, "linear")
     return answers(model, [1, *numbers(2, 5), *[text.vocab_size] * IMAGE_LENGTH, *numbers(6, 6)], pixels[:1])
 
 
 def make_llama():
-    config = LlamaConfig(**TEXT, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    config = LlamaConfig(**TEXT, tie_word_embeddings=True, rope_parameters=rope)
     model = save_and_open(randomize(LlamaForCausalLM(config), seed=3), "llama", max_shard_size="20KB")
     return answers(model, [1, *numbers(40, 7)])
 
@@ -125,22 +133,25 @@ def make_llama():
 def draw(mode, width, height):
     """A picture with edges, slopes and many colors, from whole numbers alone."""
     y, x = np.mgrid[:height, :width]
-    planes = [(x * (5 + band) + y * (11 - 3 * band) + (x // 7 + y // 5) % 2 * 90 + 60 * band) % 256 for band in range(4)]
+    planes = [(x * (5 + band) + y * (11 - 3 * band) + (x // 7 + y // 5) % 2 * 90 + 60 * band) % 256
+              for band in range(4)]
     planes = np.stack(planes, axis=-1).astype(np.uint8)
     if mode == "P":
         return Image.fromarray(planes[..., :3]).quantize(32)
     if mode == "I;16":
         return Image.fromarray((x * 1500 + y * 700).astype(np.uint16))
+    if mode == "L":
+        return Image.fromarray(planes[..., 0])
     bands = len(Image.new(mode, (1, 1)).getbands())
-    return Image.fromarray(planes[..., 0]) if mode == "L" else Image.merge(mode, [Image.fromarray(planes[..., band]) for band in range(bands)])
+    return Image.merge(mode, [Image.fromarray(planes[..., band]) for band in range(bands)])
 
 
 def make_pictures():
     """Files of every mode, larger and smaller than 28 pixels, upright and flat."""
     turned = Image.Exif()
     turned[0x0112] = 6  # a photograph taken upright
-    sizes = {"flat": ("RGB", 75, 41), "upright": ("RGB", 27, 58), "thin": ("RGB", 90, 7), "L": ("L", 33, 47), "LA": ("LA", 40, 29),
-             "P": ("P", 50, 37), "RGBA": ("RGBA", 29, 45), "I16": ("I;16", 31, 43)}
+    sizes = {"flat": ("RGB", 75, 41), "upright": ("RGB", 27, 58), "thin": ("RGB", 90, 7), "L": ("L", 33, 47),
+             "LA": ("LA", 40, 29), "P": ("P", 50, 37), "RGBA": ("RGBA", 29, 45), "I16": ("I;16", 31, 43)}
     (HERE / "pictures").mkdir(exist_ok=True)
     for name, size in sizes.items():
         draw(*size).save(HERE / f"pictures/{name}.png")
@@ -150,7 +161,7 @@ def make_pictures():
 
 
 def make_pixels():
-    """Pixels (3, size, size). The processor is given the picture as EXIF turns it, and 16 bits scaled to 8: it does neither."""
+    """Pixels (3, size, size). EXIF turns and 16 bits to 8 are done before, for the processor does neither."""
 
     def processed(path, size=28, processor=CLIPImageProcessorPil, **options):
         picture = ImageOps.exif_transpose(Image.open(path))
