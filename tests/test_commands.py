@@ -96,13 +96,18 @@ def test_bfloat16_trains_float32_masters(command, parts, world, tmp_path):
     (["--model", "a"], ["--stage"]),
     (["--stage", 3], ["--stage"]),
     (["--lr", "0"], ["--lr"]),
-    (["--stage", 1, "--max-length", 20, "--data", "world"], ["row 0", "raise --max-length"]),
 ])
 def test_a_mistake_in_training_is_one_line(command, world, tmp_path, arguments, words):
     (tmp_path / "world").symlink_to(world)
     code, out, error = command("train", *arguments)
     assert (code, out) == (2, "") and is_one_line(error, *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_length_limit_that_leaves_no_answer_is_told_before_training(command, parts, world, tmp_path):
+    code, _, error = command("train", "--stage", 1, *parts, "--data", world, "--max-length", 20, "--out", tmp_path / "run")
+    assert code == 2 and is_one_line(error, "row 0", "raise --max-length")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_trained_model_is_never_overwritten(command, run_folder, world):

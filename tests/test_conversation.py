@@ -76,5 +76,6 @@ def test_what_is_no_conversation_is_refused(turns, what):
 def test_show_colors_what_is_learned(tokenizer):
     tokens, labels = read(TURNS[:2], tokenizer, "vicuna_v1")
     shown = show(tokens, labels, tokenizer, IMAGE_ID)
-    assert "\033[32m▁It|▁is|▁a|▁cat|.|</s>\033[0m" in shown
+    learned = "|".join(map(tokenizer.piece, [*tokenizer.encode("It is a cat."), tokenizer.eos_id]))
+    assert f"\033[32m{learned}\033[0m" in shown
     assert "[picture: 2 tokens]" in shown
