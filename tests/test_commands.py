@@ -105,7 +105,8 @@ def test_a_mistake_in_training_is_one_line(command, world, tmp_path, arguments, 
 
 
 def test_a_length_limit_that_leaves_no_answer_is_told_before_training(command, parts, world, tmp_path):
-    code, _, error = command("train", "--stage", 1, *parts, "--data", world, "--max-length", 20, "--out", tmp_path / "run")
+    code, _, error = command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / "run",
+                             "--max-length", 20)
     assert code == 2 and is_one_line(error, "row 0", "raise --max-length")
     assert not (tmp_path / "run").exists()
 
