@@ -36,15 +36,17 @@ TEMPLATES = {
 
 
 def check_turns(turns: list[dict]) -> None:
-    """Raise ValueError, saying what is wrong, unless human and gpt take turns and all of them say something."""
+    """Raise ValueError, saying what is wrong, unless human and gpt take turns and no question is empty."""
     if not isinstance(turns, list) or not turns:
         raise ValueError("it has no turns")
     for number, turn in enumerate(turns):
         speaker, wanted = turn.get("from") if isinstance(turn, dict) else None, ("human", "gpt")[number % 2]
         if speaker != wanted or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {number + 1} must be {{'from': '{wanted}', 'value': text}}")
-        if not turn["value"].strip():
-            raise ValueError(f"turn {number + 1} ({wanted}) is empty")
+        if wanted == "human" and not turn["value"].strip():
+            raise ValueError(f"turn {number + 1} (human) is empty")
+        if wanted == "gpt" and IMAGE in turn["value"]:
+            raise ValueError(f"turn {number + 1} (gpt) has {IMAGE} in it; pictures belong to the human's turns")
 
 
 def tokenize_conversation(turns, tokenizer, template="vicuna_v1", tokens_per_image=256, image_token_id=None):

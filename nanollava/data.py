@@ -43,6 +43,9 @@ class Conversations(torch.utils.data.Dataset):
             raise ValueError("'image' must be a file name or a list of them")
         tokens, labels = tokenize_conversation(turns, tokenizer, config.template,
                                                config.tokens_per_image, config.image_token_id)
+        for number, turn in enumerate(turns):
+            if not turn["value"].strip():
+                raise ValueError(f"turn {number + 1} ({turn['from']}) is empty")
         marks = sum(turn["value"].count(IMAGE) for turn in turns)
         if marks != len(files):
             raise ValueError(f"{len(files)} pictures, but {marks} times {IMAGE} in its text")

@@ -65,7 +65,8 @@ def test_a_picture_token_without_a_name_is_the_first_past_the_vocabulary(tokeniz
     ([], "no turns"),
     ([{"from": "gpt", "value": "Hello"}], "turn 1 must be"),
     ([{"from": "human", "value": "Hi"}, {"from": "human", "value": "Hi"}], "turn 2 must be"),
-    ([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}], r"turn 2 \(gpt\) is empty"),
+    ([{"from": "human", "value": " "}], r"turn 1 \(human\) is empty"),
+    ([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "<image>"}], r"turn 2 \(gpt\) has <image> in it"),
     ([{"from": "human"}], "turn 1 must be"),
 ])
 def test_what_is_no_conversation_is_refused(turns, what):

@@ -26,6 +26,7 @@ def test_a_row_is_its_tokens_its_labels_and_its_pixels(world, tokenizer, config,
 @pytest.mark.parametrize("change, complaint", [
     ({"conversations": GOOD["conversations"][:1]}, "it has no answer to learn from"),
     ({"conversations": []}, "it has no turns"),
+    ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": " "}]}, r"turn 2 \(gpt\) is empty"),
     ({"image": "none.png"}, "no picture at .*none.png"),
     ({"image": []}, "0 pictures, but 1 times <image>"),
     ({"conversations": GOOD["conversations"] + GOOD["conversations"]}, "1 pictures, but 2 times <image>"),
