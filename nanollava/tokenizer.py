@@ -33,7 +33,8 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def decode(self, tokens: list[int]) -> str:
-        return self.pieces.decode([int(token) for token in tokens])
+        """Text of tokens; a model may have rows past the vocabulary (the public LLaVA-1.5 has), which say nothing."""
+        return self.pieces.decode([int(token) for token in tokens if token < len(self)])
 
     def piece(self, token: int) -> str:
         """One token as it stands in the vocabulary, its leading space shown as ▁."""

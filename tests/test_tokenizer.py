@@ -10,6 +10,10 @@ def test_text_goes_to_tokens_and_back(tokenizer):
     assert tokenizer.bos_id not in tokenizer.encode(text) and tokenizer.eos_id not in tokenizer.encode(text)
 
 
+def test_a_token_past_the_vocabulary_says_nothing(tokenizer):
+    assert tokenizer.decode([*tokenizer.encode("A cat."), len(tokenizer) + 3]) == "A cat."
+
+
 def test_a_folder_or_the_file_itself(tokenizer):
     assert len(Tokenizer(tokenizer.path)) == len(Tokenizer(tokenizer.path.parent)) == len(tokenizer)
 
