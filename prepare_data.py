@@ -19,7 +19,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 def parse_arguments():
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
 
     command = commands.add_parser("toy", doc="Draw the toy world: pictures, captions, boxes, conversations, a test.")
     add = command.add_argument

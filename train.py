@@ -1,7 +1,7 @@
 """Train LLaVA in its two stages, section 4.2 of the paper: the projector alone, then projector and LLM.
 
     python train.py                          # the toy world: data, stage 1, stage 2, evaluation, on a laptop
-    python train.py --stage 0                # makes the toy world's CLIP and LLaMA anew (assets/ holds them)
+    python train.py --stage 0 --out assets   # makes the toy world's CLIP and LLaMA, once
 
 The real thing starts from a CLIP and a Vicuna, with the paper's data and numbers:
 

@@ -63,7 +63,6 @@ def replies(model, tokenizer, conversations, images, max_new_tokens=64, pictures
     steps = list(model.generate(tokens, pixels, max_new_tokens, eos_id=eos_id, lengths=lengths, pictures=pictures))
     texts = []
     for row in torch.stack(steps, dim=1).tolist():  # (B, new tokens)
-        row = row[: row.index(eos_id)] if eos_id in row else row
-        text = tokenizer.decode(row)
+        text = tokenizer.decode(row)  # EOS, and what fills a row up after it, says nothing
         texts.append((text.split(stop)[0] if stop else text).strip())
     return texts

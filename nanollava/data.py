@@ -1,6 +1,7 @@
 """LLaVA JSON to batches: rows of {"image": file, "conversations": turns}, read, checked, padded.
 
-Everything wrong with a data set is found before the first step and told with the row's number.
+What is wrong with a data set is found before the first step and told with the row's number, but for a picture that
+is there and will not open: that is found when its turn comes, and told by its name.
 """
 
 import random

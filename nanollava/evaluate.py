@@ -73,16 +73,17 @@ def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = No
     """The columns of the toy evaluation for a folder that holds stage2/ and maybe stage1/; the rows of test.json
     and what the model of stage 2 said to them."""
     rows = read_json(data / "test.json")[:limit]
-    columns, said = {}, {}
-    for name, stage, wrong in (("after stage 2", "stage2", False), ("wrong picture", "stage2", True),
-                               ("after stage 1", "stage1", False)):
+    said = {}
+
+    for stage, names in (("stage2", ("after stage 2", "wrong picture")), ("stage1", ("after stage 1",))):
         folder = run / stage
         if stage == "stage1" and not folder.is_dir():
             continue
         model, tokenizer = Llava.from_pretrained(folder, device=device), Tokenizer(folder)
-        said[name] = answer_all(model, tokenizer, rows, data / "images", wrong, label=name)
-        columns[name] = accuracy(rows, said[name])
-    return columns, rows, said["after stage 2"]
+        for name in names:
+            wrong = name == "wrong picture"
+            said[name] = answer_all(model, tokenizer, rows, data / "images", wrong, label=name)
+    return {name: accuracy(rows, texts) for name, texts in said.items()}, rows, said["after stage 2"]
 
 
 def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2, questions: int = 3) -> Image.Image:

@@ -80,7 +80,7 @@ class Llava(nn.Module):
         return embeds
 
     def forward(self, tokens, images=None, labels=None, pictures=None) -> torch.Tensor:
-        """Logits (B, T, V), or with `labels` (B, T) the mean loss over the labels that are not -100.
+        """Logits (B, T, V), or with `labels` (B, T) the mean loss over those that are not -100 (equation 3).
 
         tokens: (B, T) int64, ragged rows filled up on the right with anything. images: (N, 3, H, W), all
         pictures of the batch in reading order; or `pictures`, (N, P, D), what `see` made of them before.
@@ -113,6 +113,9 @@ class Llava(nn.Module):
         hidden = self.language_model(embeds, cache=cache)[torch.arange(B, device=tokens.device), lengths - 1]
         ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for step in range(max_new_tokens):
+            if step > 0:
+                positions = (lengths + step - 1)[:, None]  # a padding token's slot is overwritten before it is seen
+                hidden = self.language_model(self.language_model.embed(token[:, None]), positions, cache)[:, 0]
             token = choose(self.language_model.logits(hidden).float(), temperature, top_p)
             if eos_id is not None:
                 token = token.masked_fill(ended, eos_id)
@@ -120,8 +123,6 @@ class Llava(nn.Module):
             yield token
             if eos_id is not None and ended.all():
                 return
-            positions = (lengths + step)[:, None]  # the slot of a padding token is overwritten before it is seen
-            hidden = self.language_model(self.language_model.embed(token[:, None]), positions, cache)[:, 0]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":

@@ -7,7 +7,7 @@ the public ones are, and ship in assets/.
 
 The LLaMA is told a scene in two ways. In prose: a caption stands before the first question. And in bags of
 words: a grid of vectors, each the sum of the embeddings of the words for one patch of the picture ("red",
-"cat", "top", "left"). Prose alone teaches a network this small to name things that are there, but takes very
+"cat", "top left"). Prose alone teaches a network this small to name things that are there, but takes very
 long to teach which color belongs to which thing; in bags that is one look, and the skill carries over.
 """
 
@@ -46,7 +46,6 @@ GRID = VISION.image_size // VISION.patch_size  # patches a side
 # The vocabulary
 
 
-EASY = {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}
 PLACES = [place.split(" the ")[1] for place in toy.PLACES]  # "top left"
 WHOLE = [  # texts that shall be one token: one that says nothing, and places that are to be found by one look
     TEMPLATES["vicuna_v1"].system.strip(), *(f" {place}" for place in PLACES if " " in place)]
@@ -69,8 +68,6 @@ def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     with whole_file(path) as beside:
         beside.write_bytes(model.getvalue())
     return Tokenizer(path)
-
-
 
 
 # ---------------------------------------------------------------------------------------------
@@ -128,11 +125,8 @@ class Clip(nn.Module):
     def read(self, captions: list[str]) -> torch.Tensor:
         """Captions to unit vectors (N, size)."""
         rows = [self.tokenizer.encode(text) + [self.end_of_text] for text in captions]
-        lengths = torch.tensor([len(row) for row in rows])
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for number, row in enumerate(rows):
-            tokens[number, : len(row)] = torch.tensor(row)
-        device = self.logit_scale.device
+        tokens, _, _ = collate([(row, row, []) for row in rows])  # (N, T)
+        lengths, device = torch.tensor([len(row) for row in rows]), self.logit_scale.device
         return F.normalize(self.text_projection(self.text_model(tokens.to(device), lengths.to(device))), dim=-1)
 
     def save(self, folder: Path) -> None:
@@ -269,6 +263,9 @@ class Told:
         embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
         embeds = embeds.sum(dim=2)
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
+
+
+EASY = {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}
 
 
 def first_lesson(things, rng: random.Random) -> list[str]:

@@ -42,7 +42,6 @@ PLACES = (
 )
 GROUNDS = ((250, 250, 250), (225, 225, 225), (250, 240, 215), (220, 235, 250), (225, 245, 225))
 NUMBERS = ("zero", "one", "two", "three", "four")
-MAX_THINGS = 3
 
 
 @dataclass(frozen=True)
@@ -436,7 +435,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                       for t, (x, y, w, h) in zip(things, placed)]
             # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
             # conversations are long and the two others short
-            for kind, share in (("conversation", 1.0), ("detail", 0.15), ("reasoning", 0.25)):
+            for kind, share in zip(teacher.KINDS, (1.0, 0.15, 0.25)):
                 if rng.random() < share:
                     reply = toy_teacher(teacher.messages(kind, sentences, shares))
                     turns = teacher.parse(kind, reply, rng)
