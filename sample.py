@@ -39,7 +39,7 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.temperature < 0 or not 0 <= arguments.top_p <= 1:
+    if not arguments.temperature >= 0 or not 0 <= arguments.top_p <= 1:
         raise InputError("--temperature must be 0 or more, and --top-p between 0 and 1")
     for prompt in arguments.prompt or []:
         check(prompt)
@@ -48,9 +48,6 @@ def main() -> None:
     device = best_device(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
     model, tokenizer = Llava.from_pretrained(folder, dtype, device), Tokenizer(folder)
-    longest = model.config.text.max_position_embeddings
-    if arguments.max_new_tokens > longest:
-        raise InputError(f"--max-new-tokens {arguments.max_new_tokens}: the model reads {longest} tokens at most")
     if model.config.stage == 1:
         say(f"{folder} went through stage 1 only: it can caption, but hardly converse")
     if arguments.seed is not None:
@@ -77,12 +74,11 @@ def toy_run() -> Path:
     raise InputError(f"there is no model in {TOY} yet: `python train.py` makes one, or name another with --model")
 
 
-def check(prompt: str) -> str:
+def check(prompt: str) -> None:
     if not prompt.strip():
         raise InputError("--prompt is empty: ask something")
     if IMAGE in prompt:
         raise InputError(f"--prompt must not contain {IMAGE}: --image says where pictures come from")
-    return prompt
 
 
 def questions():
@@ -94,9 +90,13 @@ def questions():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
+            if sys.stdin.isatty():
+                say("")
             return
-        if line.strip():
-            yield check(line.strip())
+        if IMAGE in line:
+            say(f"please ask without {IMAGE}: --image says where pictures come from")
+        elif line.strip():
+            yield line.strip()
 
 
 if __name__ == "__main__":

@@ -114,8 +114,12 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
         model = Llava.from_parts(vision, llm, arguments.projector, feature_layer=arguments.feature_layer,
                                  dtype=dtype, device=device)
         tokenizer = Tokenizer(llm)
-    model.config.template = arguments.template or model.config.template
-    dataset = Conversations(data, images, tokenizer, model.config, arguments.max_length)
+    if arguments.template:
+        model.config.template = arguments.template
+    elif stage == 2 and model.config.template == "plain":  # as LLaVA-1.5: captions in stage 1, then conversations
+        model.config.template = "vicuna_v1"
+    longest = min(arguments.max_length, model.config.text.max_position_embeddings)
+    dataset = Conversations(data, images, tokenizer, model.config, longest)
     steps = max(1, round(epochs * len(dataset) / batch_size))
 
     model.requires_grad_(False)
@@ -126,7 +130,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
 
     def loss_of(batch):
         tokens, labels, pixels = batch
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(tokens.to(device), None if pixels is None else pixels.to(device), labels.to(device))
 
     out.mkdir(parents=True, exist_ok=True)

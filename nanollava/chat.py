@@ -16,14 +16,14 @@ def stop_of(model, tokenizer) -> tuple[int | None, str | None]:
     return (tokenizer.eos_id, None) if text is None else (None, text)
 
 
-def prompts(model, tokenizer, conversations, images, device):
-    """Conversations that end with a question, and their pictures (lists of tensors): what `generate` takes."""
+def prompts(model, tokenizer, conversations):
+    """Conversations that end with a question to tokens (B, T) and their lengths (B,): what `generate` takes."""
     config = model.config
     rows = [tokenize_conversation(turns, tokenizer, config.template, config.tokens_per_image, config.image_token_id)
             for turns in conversations]
-    tokens, _, pixels = collate([(*row, pictures) for row, pictures in zip(rows, images)])
-    lengths = torch.tensor([len(row) for row, _ in rows])
-    return tokens.to(device), pixels if pixels is None else pixels.to(device), lengths
+    tokens, _, _ = collate([(*row, []) for row in rows])
+    device = model.multi_modal_projector.linear_1.weight.device
+    return tokens.to(device), torch.tensor([len(row) for row, _ in rows], device=device)
 
 
 def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0, top_p=1.0):
@@ -31,14 +31,14 @@ def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0,
 
     Raises InputError if the conversation leaves no room for a reply among the tokens that the model can read.
     """
-    device = model.multi_modal_projector.linear_1.weight.device
-    tokens, pixels, _ = prompts(model, tokenizer, [turns], [images], device)
+    tokens, _ = prompts(model, tokenizer, [turns])
     length, longest = tokens.shape[1], model.config.text.max_position_embeddings
     if length >= longest:
         raise InputError(f"the conversation has {length} tokens, the model reads {longest} at most: begin a new one")
     max_new_tokens = min(max_new_tokens, longest - length)
     eos_id, stop = stop_of(model, tokenizer)
     reply, said = [], 0
+    pixels = torch.stack(images) if images else None
     for token in model.generate(tokens, pixels, max_new_tokens, temperature, top_p, eos_id):
         if token.item() == eos_id:
             break
@@ -54,13 +54,12 @@ def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0,
     yield tokenizer.decode(reply)[said:]
 
 
-def replies(model, tokenizer, conversations, images, max_new_tokens=64, pictures=None) -> list[str]:
-    """The likeliest replies to a batch of conversations, each with its list of images, or all with `pictures`
-    (N, P, D), which are in the language model's space already."""
-    device = model.multi_modal_projector.linear_1.weight.device
-    tokens, pixels, lengths = prompts(model, tokenizer, conversations, images, device)
+def replies(model, tokenizer, conversations, pictures=None, max_new_tokens=64) -> list[str]:
+    """The likeliest replies to a batch of conversations; their pictures (N, P, D) are in the language model's space
+    already."""
+    tokens, lengths = prompts(model, tokenizer, conversations)
     eos_id, stop = stop_of(model, tokenizer)
-    steps = list(model.generate(tokens, pixels, max_new_tokens, eos_id=eos_id, lengths=lengths, pictures=pictures))
+    steps = list(model.generate(tokens, None, max_new_tokens, eos_id=eos_id, lengths=lengths, pictures=pictures))
     texts = []
     for row in torch.stack(steps, dim=1).tolist():  # (B, new tokens)
         text = tokenizer.decode(row)  # EOS, and what fills a row up after it, says nothing

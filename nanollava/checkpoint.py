@@ -223,5 +223,8 @@ def write(folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], fi
             shutil.copyfile(path, beside)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with whole_file(folder / "model.safetensors") as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
+        try:
+            save_file(tensors, beside, metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
     write_json(folder / "config.json", config, indent=2)

@@ -94,7 +94,7 @@ def show(tokens: list[int], labels: list[int], tokenizer, image_token_id: int) -
         while end < len(tokens) and (tokens[end] == image_token_id, labels[end] != IGNORE) == (is_image, learned):
             end += 1
         run = tokens[start:end]
-        text = f"[picture: {len(run)} tokens]" if is_image else "|".join(map(tokenizer.piece, run))
+        text = "[picture]" if is_image else "|".join(map(tokenizer.piece, run))
         parts.append(f"\033[{32 if learned else 90}m{text}\033[0m")
         start = end
     return "".join(parts)

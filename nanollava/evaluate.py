@@ -8,6 +8,7 @@ model after stage 1 only (what the projector brings before the language model ha
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .chat import replies
@@ -22,27 +23,26 @@ from .training import best_device
 
 def same(reply: str, truth: str) -> bool:
     """True if a reply is the right sentence, up to capitals, spaces and the final stop."""
-    return reply.lower().split() == truth.lower().split() or reply.lower().strip(" .") == truth.lower().strip(" .")
+    one, other = (text.lower().strip(" .").split() for text in (reply, truth))
+    return one == other
 
 
-def answer_all(model, tokenizer, rows, images: Path, wrong_picture=False, batch_size=64, label="") -> list[str]:
-    """The model's replies to rows of test.json. wrong_picture: each question gets the picture of another row."""
-    pixels = {}  # file -> tensor; test pictures are few and asked about many times
-    files = [row["image"] for row in rows]
-    if wrong_picture:
-        others = sorted(set(files))
-        following = dict(zip(others, others[1:] + others[:1]))
-        files = [following[file] for file in files]
-    for file in files:
-        if file not in pixels:
-            pixels[file] = preprocess(open_image(images / file), model.config.image_size)
+def answer_all(model, tokenizer, rows, images: Path, label="", batch_size=64) -> list[str]:
+    """The model's replies to rows of test.json, each about one picture."""
+    files = sorted({row["image"] for row in rows})
+    seen = {}  # file -> (P, D); test pictures are few and asked about many times
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        pixels = torch.stack([preprocess(open_image(images / file), model.config.image_size) for file in batch])
+        with torch.no_grad():
+            seen.update(zip(batch, model.see(pixels)))
     said = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])  # replies of a type are about as long
     with Progress(label, len(rows), "questions") as progress:
         for start in range(0, len(rows), batch_size):
             batch = order[start : start + batch_size]
             texts = replies(model, tokenizer, [rows[number]["conversations"][:1] for number in batch],
-                            [[pixels[files[number]]] for number in batch])
+                            pictures=torch.stack([seen[rows[number]["image"]] for number in batch]))
             for number, text in zip(batch, texts):
                 said[number] = text
             progress.update(start + len(batch))
@@ -72,17 +72,17 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = None):
     """The columns of the toy evaluation for a folder that holds stage2/ and maybe stage1/; the rows of test.json
     and what the model of stage 2 said to them."""
-    rows = read_json(data / "test.json")[:limit]
+    rows = read_json(data / "test.json")
+    files = sorted({row["image"] for row in rows})
+    other = dict(zip(files, files[1:] + files[:1]))
+    rows = rows[:limit]
+    wrong = [{**row, "image": other[row["image"]]} for row in rows]
     said = {}
-
-    for stage, names in (("stage2", ("after stage 2", "wrong picture")), ("stage1", ("after stage 1",))):
-        folder = run / stage
-        if stage == "stage1" and not folder.is_dir():
-            continue
-        model, tokenizer = Llava.from_pretrained(folder, device=device), Tokenizer(folder)
-        for name in names:
-            wrong = name == "wrong picture"
-            said[name] = answer_all(model, tokenizer, rows, data / "images", wrong, label=name)
+    for name, stage, asked in (("after stage 2", "stage2", rows), ("wrong picture", "stage2", wrong),
+                               ("after stage 1", "stage1", rows)):
+        if stage == "stage2" or (run / stage).is_dir():
+            model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
+            said[name] = answer_all(model, tokenizer, asked, data / "images", label=name)
     return {name: accuracy(rows, texts) for name, texts in said.items()}, rows, said["after stage 2"]
 
 

@@ -49,7 +49,8 @@ def one_line_errors():
     try:
         yield
     except InputError as error:
-        say(f"error: {error}")
+        # one that comes from a DataLoader's worker has a whole traceback before it
+        say(f"error: {str(error).rpartition('InputError: ')[2].strip()}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("\nstopped")
@@ -57,6 +58,9 @@ def one_line_errors():
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a folder that is a file, a full disk, a place that may not be written
+        say(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -91,7 +95,7 @@ def write_json(path: str | Path, value, indent: int | None = None) -> None:
 def read_json(path: str | Path):
     """The content of a JSON file. Raises InputError, naming the file, where there is none or it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:  # not JSON, or not UTF-8

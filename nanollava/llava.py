@@ -107,7 +107,7 @@ class Llava(nn.Module):
         probability top_p. With eos_id, a row that ended goes on yielding it, and all stops when all rows ended.
         """
         B, T = tokens.shape
-        lengths = torch.full((B,), T, device=tokens.device) if lengths is None else lengths.to(tokens.device)
+        lengths = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
         embeds = self.splice(tokens, pictures if images is None else self.see(images))
         cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
         hidden = self.language_model(embeds, cache=cache)[torch.arange(B, device=tokens.device), lengths - 1]
@@ -164,6 +164,7 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tens
     """Logits (B, V) to one token a row, (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # however low the temperature, the likeliest stays finite
     probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have already
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)

@@ -30,7 +30,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without BOS or EOS."""
-        return self.pieces.encode(text)
+        whole = text.encode("utf-8", "replace").decode()  # half a character, from a broken file or terminal, is "?"
+        return self.pieces.encode(whole)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; a model may have rows past the vocabulary (the public LLaVA-1.5 has), which say nothing."""

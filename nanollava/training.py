@@ -19,15 +19,19 @@ from .progress import Progress
 def best_device(wanted: str | None = None) -> str:
     """The device that was asked for, or the fastest kind there is. Raises InputError where it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted and not there.get(wanted.split(":")[0]):
-        raise InputError(f"--device {wanted} is not there, only {' and '.join(name for name in there if there[name])}")
-    return wanted or next(name for name in there if there[name])
+    there = [name for name in there if there[name]]
+    try:
+        return str(torch.empty(0, device=wanted or there[0]).device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
+        raise InputError(f"--device {wanted} is not there, only {' and '.join(there)}") from error
 
 
 def best_dtype(device: str) -> torch.dtype:
     """bfloat16 on GPUs and on processors that multiply it in hardware; the others only emulate it, slowly."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.startswith("cuda") or (device == "cpu" and fast) else torch.float32
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast and not device.startswith("mps") else torch.float32
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
@@ -92,7 +96,7 @@ def fit(
     """Take one optimizer step for each of `steps` batches: loss_of(batch) is the loss to go down.
 
     `log` gets one JSON object a step: step, loss, lr, tokens per second, seconds. Raises InputError if the loss
-    is not a number any more.
+    or the gradient is not a number any more.
     """
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -106,13 +110,14 @@ def fit(
                     optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
                 loss = loss_of(batch)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 value = loss.item()
-                if not math.isfinite(value):
-                    raise InputError(f"{label}: the loss is {value} at step {step}; lower the learning rate (--lr)")
+                if not math.isfinite(value + norm.item()):
+                    raise InputError(f"{label}: at step {step} the loss is {value}, the length of the gradient {norm}; "
+                                     "lower the learning rate (--lr)")
                 average = value if average is None else 0.95 * average + 0.05 * value
                 now = time.monotonic()
                 if lines:

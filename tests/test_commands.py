@@ -165,7 +165,8 @@ def test_without_a_prompt_every_line_of_standard_input_is_one(command, run_folde
     (["--prompt", "<image>?"], ["<image>"]),
     (["--model", "nowhere"], ["no model folder at nowhere"]),
     (["--max-new-tokens", "0"], ["--max-new-tokens"]),
-    (["--max-new-tokens", "100000"], ["--max-new-tokens", "2048"]),
+    (["--temperature", "nan"], ["--temperature"]),
+    (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
     (["--top-p", "2"], ["--top-p"]),
     (["--device", "tpu"], ["--device tpu"]),
 ])

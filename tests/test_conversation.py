@@ -79,4 +79,4 @@ def test_show_colors_what_is_learned(tokenizer):
     shown = show(tokens, labels, tokenizer, IMAGE_ID)
     learned = "|".join(map(tokenizer.piece, [*tokenizer.encode("It is a cat."), tokenizer.eos_id]))
     assert f"\033[32m{learned}\033[0m" in shown
-    assert "[picture: 2 tokens]" in shown
+    assert "[picture]" in shown

@@ -2,6 +2,7 @@ import pytest
 
 from nanollava.evaluate import accuracy, answer_all, gallery, same, table, toy_table
 from nanollava.files import read_json
+from nanollava.image import open_image, preprocess
 
 
 @pytest.mark.parametrize("reply, right", [
@@ -23,24 +24,37 @@ def test_a_table_leaves_open_what_a_column_does_not_have():
     assert lines[1].split() == ["kind", "50.0%"] and lines[2].split() == ["all", "80.0%", "7.2%"]
 
 
-def test_the_wrong_picture_is_another_one(model, tokenizer, world, monkeypatch):
+def test_the_wrong_picture_is_another_one(model, tokenizer, world, tmp_path, monkeypatch):
     from nanollava import evaluate
 
-    rows, shown, opened = read_json(world / "test.json"), {}, []
+    model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
+    shown = {}
 
-    def replies(model, tokenizer, turns, images, **_):
-        opened.extend(images)
-        return [""] * len(turns)
+    def answer_all(model, tokenizer, rows, images, label):
+        shown[label] = [row["image"] for row in rows]
+        return [""] * len(rows)
 
-    monkeypatch.setattr(evaluate, "preprocess", lambda picture, size: picture)
-    monkeypatch.setattr(evaluate, "open_image", lambda path: path.name)
+    monkeypatch.setattr(evaluate, "answer_all", answer_all)
+    for limit in (1, None):
+        toy_table(tmp_path, world, limit=limit)
+        right, wrong = shown["after stage 2"], shown["wrong picture"]
+        assert len(right) == len(wrong) and all(one != other for one, other in zip(right, wrong))
+    assert set(right) == set(wrong)
+
+
+def test_every_question_gets_the_answer_to_its_own_picture(model, tokenizer, world, monkeypatch):
+    """In batches, sorted by type, every picture looked at once: and yet each reply stands in its row's place."""
+    from nanollava import evaluate
+
+    def replies(model, tokenizer, conversations, pictures):
+        return [f"{turns[0]['value']} {picture.sum():.4f}" for turns, picture in zip(conversations, pictures)]
+
+    rows = read_json(world / "test.json")
     monkeypatch.setattr(evaluate, "replies", replies)
-    for wrong in (False, True):
-        opened.clear()
-        answer_all(model, tokenizer, rows, world / "images", wrong_picture=wrong)
-        shown[wrong] = [file for (file,) in opened]
-    assert sorted(set(shown[True])) == sorted(set(shown[False]))
-    assert all(right != wrong for right, wrong in zip(shown[False], shown[True]))
+    said = answer_all(model, tokenizer, rows, world / "images", batch_size=7)
+    for row, text in zip(rows[::5], said[::5]):
+        picture = preprocess(open_image(world / "images" / row["image"]), 32)[None]
+        assert text == f"{row['conversations'][0]['value']} {model.see(picture).sum():.4f}"
 
 
 def test_the_toy_table_has_a_column_for_each_control(model, tokenizer, world, tmp_path):
