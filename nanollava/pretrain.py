@@ -314,7 +314,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
             rows = []
             for things in scenes:
                 texts = first_lesson(things, rng) if first else lesson(things, rng)
-                turns = teacher.turns(texts, picture_first=first or rng.random() < 0.5)
+                turns = teacher.conversation(texts, picture_first=first or rng.random() < 0.5)
                 turns = tell(turns, things, rng) if prose else turns
                 rows.append((*tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), []))
             tokens, labels, _ = collate(rows)
@@ -358,7 +358,7 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
     for things in islice(drawn, count):
         asked = [pair for kind in toy.QUESTIONS for pair in toy.ask(things, rng, 1, {kind: toy.QUESTIONS[kind]})]
         scene = bags(things, toy.boxes(things, rng))
-        turns = [teacher.turns([question], picture_first=True) for _, question, _ in asked]
+        turns = [teacher.conversation([question], picture_first=True) for _, question, _ in asked]
         turns = [tell(turn, things, rng) for turn in turns] if prose else turns
         pictures = None if prose else told([scene] * len(asked), rng)
         said += replies(model, tokenizer, turns, pictures)

@@ -111,10 +111,10 @@ def parse(kind: str, reply: str, rng: random.Random) -> list[dict]:
     for answer in texts[1::2]:
         if _FORBIDDEN.search(answer):
             raise ValueError(f"an answer speaks of {_FORBIDDEN.search(answer).group().lower()}")
-    return turns(texts, rng.random() < 0.5)
+    return conversation(texts, rng.random() < 0.5)
 
 
-def turns(texts: list[str], picture_first: bool) -> list[dict]:
+def conversation(texts: list[str], picture_first: bool) -> list[dict]:
     """Questions and answers in turn to a LLaVA conversation, beginning with [X_v, X_q] or [X_q, X_v] (equation 2)."""
     first = f"{IMAGE}\n{texts[0]}" if picture_first else f"{texts[0]}\n{IMAGE}"
     return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate([first, *texts[1:]])]

@@ -191,16 +191,16 @@ def sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def told(thing: Thing) -> str:
+def described(thing: Thing) -> str:
     return a(f"{thing.size} {thing.color} {thing.kind}")
 
 
 def caption(things: tuple[Thing, ...], style: int) -> str:
     """One sentence that names every thing, its size, color and place, in one of five styles."""
     if style == 4:
-        return sentence(listed([f"{t.place} {told(t)}" for t in things]))
+        return sentence(listed([f"{t.place} {described(t)}" for t in things]))
     start = ("", "a picture of ", "we see ", f"there {'is' if len(things) == 1 else 'are'} ")[style]
-    return sentence(start + listed([f"{told(t)} {t.place}" for t in things]))
+    return sentence(start + listed([f"{described(t)} {t.place}" for t in things]))
 
 
 STYLES = 5
@@ -210,7 +210,7 @@ def description(things: tuple[Thing, ...]) -> str:
     """Everything there is to say about a scene."""
     count = "There is one thing" if len(things) == 1 else f"There are {NUMBERS[len(things)]} things"
     said = [f"{count} in the picture."]
-    said += [sentence(f"{t.place} there is {told(t)}") for t in things]
+    said += [sentence(f"{t.place} there is {described(t)}") for t in things]
     for one, other in zip(things, things[1:]):
         if one.cell // 3 != other.cell // 3:
             said.append(sentence(f"the {one.color} {one.kind} is above the {other.color} {other.kind}"))
@@ -419,7 +419,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 for kind in QUESTIONS:
                     for _, question, answer in ask(things, rng, 1, {kind: QUESTIONS[kind]}):
                         test.append({"id": f"{number}-{kind}", "image": file, "type": kind,
-                                     "conversations": teacher.turns([question, answer], picture_first=True)})
+                                     "conversations": teacher.conversation([question, answer], picture_first=True)})
                 continue
             sentences = [caption(things, style) for style in range(STYLES)]
             images.append({"id": number, "file_name": file, "width": PICTURE_SIZE, "height": PICTURE_SIZE})
@@ -429,7 +429,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 category = 1 + list(KINDS).index(thing.kind)
                 instances.append({"id": len(instances), "image_id": number, "category_id": category,
                                   "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
-            brief = teacher.turns([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng.random() < 0.5)
+            brief = teacher.conversation([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng.random() < 0.5)
             pretrain.append({"id": str(number), "image": file, "conversations": brief})
             shares = [(t.kind, [x / PICTURE_SIZE, y / PICTURE_SIZE, (x + w) / PICTURE_SIZE, (y + h) / PICTURE_SIZE])
                       for t, (x, y, w, h) in zip(things, placed)]

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from nanollava.chat import replies, stream
+from nanollava.files import InputError
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
 
@@ -32,3 +34,15 @@ def test_a_stream_is_the_reply_in_pieces(model, tokenizer):
     model.generate = Parrot(tokenizer.encode("A red cat.") + [2])
     pieces = list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
     assert len(pieces) > 3 and "".join(pieces) == "A red cat."
+
+
+def test_a_reply_ends_where_the_model_can_read_no_further(model, tokenizer):
+    model.config.text.max_position_embeddings = 60
+    heard = []
+    model.generate = lambda tokens, pixels, max_new_tokens, *_: heard.append((tokens.shape[1], max_new_tokens)) or []
+    list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
+    (length, room), = heard
+    assert length + room == 60
+    model.config.text.max_position_embeddings = length
+    with pytest.raises(InputError, match=f"{length} tokens, the model reads {length} at most: begin a new one"):
+        list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))

@@ -87,6 +87,35 @@ def test_bfloat16_trains_float32_masters(command, parts, world, tmp_path):
     assert not trained.equal(trained.bfloat16().float())
 
 
+def test_llava_1_5_its_projector_its_last_layer_and_its_plain_captions_come_back_as_said(command, parts, world, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    command("train", "--stage", 1, *parts, "--data", world, "--out", one, "--template", "plain",
+            "--projector", "mlp2x_gelu", "--feature-layer", -1)
+    command("train", "--stage", 2, "--model", one, "--data", world, "--out", two)
+    one, two = (Llava.from_pretrained(folder).config for folder in (one, two))
+    assert (one.template, one.projector, one.feature_layer) == ("plain", "mlp2x_gelu", -1)
+    assert (two.template, two.projector, two.feature_layer) == ("vicuna_v1", "mlp2x_gelu", -1)
+
+
+def test_epochs_and_batch_size_make_the_steps(command, parts, world, tmp_path):
+    rows = len(read_json(world / "pretrain.json"))
+    command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / "run",
+            "--epochs", 1.5, "--batch-size", 10, "--lr", 0.5)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == rows * 1.5 / 10 and max(row["lr"] for row in log) == 0.5
+
+
+def test_a_picture_that_will_not_open_ends_training_in_one_line(command, parts, world, tmp_path):
+    rows = read_json(world / "pretrain.json")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cat.png").write_text("hello")
+    (tmp_path / "chat.json").write_text(json.dumps([{**row, "image": "cat.png"} for row in rows]))
+    code, _, error = command("train", "--stage", 1, *parts, "--data", tmp_path / "chat.json",
+                             "--images", tmp_path / "images", "--out", tmp_path / "run")
+    assert code == 2 and "error: " in error and "cat.png is not a picture" in error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--stage", 2], ["runs/toy/stage1", "--stage 1"]),
     (["--stage", 1, "--data", "none.json"], ["no data at none.json"]),
@@ -156,6 +185,20 @@ def test_without_a_prompt_every_line_of_standard_input_is_one(command, run_folde
     monkeypatch.setattr(sys, "stdin", io.StringIO("A cat?\n\nRed?\n"))
     code, out, _ = command("sample", "--model", run_folder, "--image", picture, "--max-new-tokens", 3)
     assert code == 0 and out.count("\n") >= 2
+
+
+def test_a_question_with_a_picture_mark_does_not_end_a_chat(command, run_folder, picture, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<image> A cat?\nRed?\n"))
+    code, out, error = command("sample", "--model", run_folder, "--image", picture, "--max-new-tokens", 1)
+    assert code == 0 and out.count("\n") == 1 and "--image says" in error
+
+
+def test_the_same_seed_draws_the_same_reply(command, run_folder, picture):
+    ask = ("sample", "--model", run_folder, "--image", picture, "--prompt", "What?", "--temperature", 1,
+           "--max-new-tokens", 20, "--seed")
+    assert command(*ask, 1) == command(*ask, 1) != command(*ask, 2)
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -66,3 +66,9 @@ def test_what_is_no_picture_is_told_by_name(tmp_path):
         open_image(tmp_path / "half.png")
     with pytest.raises(InputError):
         open_image(tmp_path)
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path):
+    Image.new("RGB", (3000, 2)).save(tmp_path / "strip.png")
+    with pytest.raises(InputError, match="strip.png .* 3000 by 2 pixels"):
+        open_image(tmp_path / "strip.png")

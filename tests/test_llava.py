@@ -72,6 +72,23 @@ def test_a_row_that_ended_goes_on_with_eos_until_all_ended(model):
     assert [int(token) for token in model.generate(tokens, max_new_tokens=9, eos_id=first)] == [first]
 
 
+def test_each_row_ends_at_its_own_eos(model):
+    one, other = prompt(model, 1, 5), prompt(model, 1, 9)
+    said = [[int(token) for token in model.generate(row, max_new_tokens=6)] for row in (one, other)]
+    eos = next(token for token in said[0] if token not in said[1])
+    end = said[0].index(eos)
+    together = torch.stack(list(model.generate(torch.cat([one, other]), max_new_tokens=6, eos_id=eos)), dim=1)
+    assert together[0].tolist() == said[0][: end + 1] + [eos] * (5 - end)
+    assert together[1].tolist() == said[1]
+
+
+def test_temperature_makes_the_likely_likelier():
+    logits = torch.tensor([[2.0, 1.0]]).expand(2000, -1)
+    for temperature, share in ((1.0, 0.731), (0.5, 0.881), (1e-30, 1.0), (0.0, 1.0)):  # 1 / (1 + e^(-1 / temperature))
+        drawn = (choose(logits, temperature, top_p=1.0) == 0).float().mean()
+        assert abs(drawn - share) < 0.04
+
+
 def test_top_p_leaves_only_the_likeliest():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     drawn = {int(choose(logits, temperature=1.0, top_p=0.6)) for _ in range(100)}

@@ -1,7 +1,21 @@
 import random
 from itertools import islice
 
+import numpy as np
+import pytest
+
 from nanollava import teacher, toy
+from nanollava.files import InputError, read_json
+from nanollava.image import open_image
+from nanollava.toy import Thing
+
+SCENE = (Thing(0, "cat", "red", "big"), Thing(2, "cat", "blue", "small"), Thing(7, "fish", "red", "small"))
+
+
+def pairs(question, things=SCENE) -> dict[str, str]:
+    """All that a type of question can ask about a scene, and the answers."""
+    rng = random.Random(0)
+    return dict(pair for pair in (question(things, rng) for _ in range(2000)) if pair)
 
 
 def test_scenes_of_training_and_of_test_never_meet():
@@ -23,3 +37,123 @@ def test_the_toy_teacher_sees_only_text_and_its_replies_parse():
         for kind in teacher.KINDS:
             turns = teacher.parse(kind, toy.toy_teacher(teacher.messages(kind, captions, [])), rng)
             assert turns[0]["value"].count("<image>") == 1 and len(turns) % 2 == 0
+
+
+def test_the_answers_are_true():
+    assert pairs(toy.ask_kind) == {
+        "What is at the top left?": "At the top left is a cat.",
+        "What is at the top right?": "At the top right is a cat.",
+        "What is at the bottom?": "At the bottom is a fish."}
+    assert pairs(toy.ask_color) == {
+        "What color is the cat at the top left?": "The cat at the top left is red.",
+        "What color is the cat at the top right?": "The cat at the top right is blue.",
+        "What color is the fish?": "The fish is red."}
+    assert pairs(toy.ask_size) == {
+        "Is the red cat big or small?": "The red cat is big.", "Is the blue cat big or small?": "The blue cat is small.",
+        "Is the fish big or small?": "The fish is small."}
+    assert pairs(toy.ask_place) == {
+        "Where is the red cat?": "The red cat is at the top left.",
+        "Where is the blue cat?": "The blue cat is at the top right.", "Where is the fish?": "The fish is at the bottom."}
+    assert pairs(toy.ask_relation) == {
+        f"Is {one} {side} {other}?": f"{one.capitalize()} is {places[one]} and {other} is {places[other]}, so {verdict}."
+        for places in [{"the red cat": "at the top left", "the blue cat": "at the top right", "the fish": "at the bottom"}]
+        for one, side, other, verdict in [
+            ("the red cat", "left or right of", "the blue cat", "left"),
+            ("the blue cat", "left or right of", "the red cat", "right"),
+            ("the red cat", "left or right of", "the fish", "left"),
+            ("the fish", "left or right of", "the red cat", "right"),
+            ("the blue cat", "left or right of", "the fish", "right"),
+            ("the fish", "left or right of", "the blue cat", "left"),
+            ("the red cat", "above or below", "the fish", "above"),
+            ("the fish", "above or below", "the red cat", "below"),
+            ("the blue cat", "above or below", "the fish", "above"),
+            ("the fish", "above or below", "the blue cat", "below")]}
+
+
+def test_what_is_there_and_what_is_not():
+    said = pairs(toy.ask_presence)
+    assert said["Is there a cat?"] == "Yes, there is a cat."
+    assert said["Is there a red fish?"] == "Yes, there is a red fish."
+    assert said["Is there a blue fish?"] == "No, there is no blue fish."
+    assert said["Is there a bird?"] == "No, there is no bird."
+    rng = random.Random(0)
+    verdicts = [toy.ask_presence(things, rng) for things in islice(toy.scenes(rng), 1000)]
+    yes = sum(pair[1].startswith("Yes") for pair in verdicts if pair) / sum(map(bool, verdicts))
+    assert 0.4 < yes < 0.6  # the question alone gives nothing away
+
+
+def test_counting_names_what_it_counts():
+    said = pairs(toy.ask_count)
+    assert said["How many things are there?"] == "A cat, a cat and a fish, so three."
+    assert said["How many cats are there?"] == "At the top left and at the top right, so two."
+    assert said["How many fish are there?"] == "At the bottom, so one."
+    assert said["How many cars are there?"] == "There are no cars."
+
+
+def test_same_color_looks_at_both():
+    said = pairs(toy.ask_same_color)
+    assert said["Are the fish and the cat at the top left the same color?"] == (
+        "The fish is red and the cat at the top left is red, so yes.")
+    assert said["Are the fish and the cat at the top right the same color?"].endswith("so no.")
+
+
+def test_reasoning_is_right():
+    assert pairs(toy.ask_farthest)["Which thing is the farthest down?"] == (
+        "The red cat is at the top left, the blue cat is at the top right and the fish is at the bottom, so the fish.")
+    assert "Which thing is the farthest up?" not in pairs(toy.ask_farthest)  # two are
+    assert pairs(toy.ask_left_over)["If the fish went away, what would be left?"] == (
+        "Without the fish there would be a red cat and a blue cat.")
+    assert pairs(toy.ask_more) == {
+        "Are there more cats than fish?": "There are two cats and one fish, so yes.",
+        "Are there more fish than cats?": "There is one fish and two cats, so no."}
+
+
+def test_no_question_names_two_things_at_once():
+    """Two cats of one color: each is called by its place, and where the place is asked for, nothing is."""
+    twins = (Thing(0, "cat", "red", "big"), Thing(4, "cat", "red", "big"))
+    assert set(pairs(toy.ask_size, twins)) == {
+        "Is the cat at the top left big or small?", "Is the cat in the middle big or small?"}
+    assert pairs(toy.ask_place, twins) == pairs(toy.ask_relation, twins) == {}
+
+
+def test_things_lie_in_their_cells_and_have_their_colors():
+    rng = random.Random(0)
+    for things in islice(toy.scenes(rng), 50):
+        placed = toy.boxes(things, rng)
+        pixels = np.asarray(toy.draw(things, placed, rng)).astype(int)
+        for thing, (left, top, width, height) in zip(things, placed):
+            row, column = divmod(thing.cell, 3)
+            assert 32 * column <= left and left + width <= 32 * column + 32
+            assert 32 * row <= top and top + height <= 32 * row + 32
+            inside = pixels[top : top + height, left : left + width]
+            near = (abs(inside - toy.COLORS[thing.color]) <= 10).all(axis=-1)
+            assert near.mean() > 0.15, thing
+
+
+def test_a_world_is_coco_and_llava_json_and_the_same_from_the_same_seed(world, tmp_path):
+    for name, seed in (("again", 0), ("other", 1)):
+        toy.write_world(tmp_path / name, seed, count=60, tests=10)
+    files = ("pretrain.json", "instruct.json", "test.json", "annotations/captions.json", "annotations/instances.json")
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (world / file).read_bytes()
+        assert (tmp_path / "other" / file).read_bytes() != (world / file).read_bytes()
+    captions, instances = (read_json(world / "annotations" / f"{name}.json") for name in ("captions", "instances"))
+    assert len(captions["images"]) == 60 and len(captions["annotations"]) == 60 * toy.STYLES
+    for image in captions["images"]:
+        assert open_image(world / "images" / image["file_name"]).size == (image["width"], image["height"])
+        told = [row["caption"] for row in captions["annotations"] if row["image_id"] == image["id"]]
+        boxes = [row for row in instances["annotations"] if row["image_id"] == image["id"]]
+        assert len(boxes) == len(toy.read(told[0]))
+    test = read_json(world / "test.json")
+    assert {row["type"] for row in test} == set(toy.QUESTIONS)
+    assert all(len(row["conversations"]) == 2 for row in test)
+
+
+def test_a_world_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(toy, "write_json", full_disk)
+    with pytest.raises(InputError, match="cannot write .*world: No space left"):
+        toy.write_world(tmp_path / "world", count=3, tests=1)
+    assert list(tmp_path.iterdir()) == []

@@ -34,6 +34,14 @@ def test_fit_goes_downhill_and_logs_every_step(tmp_path, optimizer):
     assert set(rows[0]) == {"step", "loss", "lr", "tokens_per_second", "seconds"}
 
 
+def test_fit_follows_the_schedule(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    fit("test", lambda _: weight.sum(), range(50), 50, [torch.optim.SGD([weight], lr=2.0)], tmp_path / "log.jsonl")
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]
+    torch.testing.assert_close(weight.item(), -sum(rates), rtol=1e-4, atol=0)  # the gradient is 1 throughout
+
+
 def test_a_gradient_is_clipped_to_norm_one():
     weight = torch.nn.Parameter(torch.zeros(2))
     fit("test", lambda _: (weight * torch.tensor([300.0, 400.0])).sum(), [0], 1, [torch.optim.SGD([weight], lr=1.0)])
