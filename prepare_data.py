@@ -4,11 +4,13 @@
     python prepare_data.py toy --out data/other --seed 1 --scenes 20000
     python prepare_data.py show                                # what exactly is trained on? a row of data/toy, colored
     python prepare_data.py show --data llava_instruct_150k.json --model vicuna-7b-v1.3 --row 7
+    python prepare_data.py weights llava-hf/llava-1.5-7b-hf    # from the Hugging Face hub, to llava-1.5-7b-hf
 """
 
 import random
 from pathlib import Path
 
+from nanollava import hub
 from nanollava.conversation import TEMPLATES, show, tokenize_conversation
 from nanollava.files import InputError, Parser, one_line_errors, positive, read_json
 from nanollava.tokenizer import Tokenizer
@@ -35,6 +37,13 @@ def parse_arguments():
     add("--template", choices=TEMPLATES, default="vicuna_v1", help="the words around the turns (default: %(default)s)")
     add("--row", type=int, help="which row, from 0 (default: one by chance)")
     command.set_defaults(run=show_row)
+
+    command = commands.add_parser("weights", doc="Download a CLIP, LLaMA or LLaVA from the Hugging Face hub.")
+    add = command.add_argument
+    add("repository", metavar="OWNER/NAME", help="as on huggingface.co; HF_TOKEN opens what asks for consent")
+    add("--revision", default="main", help="a branch, a tag or a commit (default: %(default)s)")
+    add("--out", type=Path, help="folder to write (default: NAME)")
+    command.set_defaults(run=download_weights)
     parser.set_defaults(run=lambda arguments: parser.print_help())
     return parser.parse_args()
 
@@ -60,6 +69,12 @@ def show_row(arguments) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{arguments.data}, row {number}: {error}") from error
     print(show(tokens, labels, tokenizer, len(tokenizer)))
+
+
+def download_weights(arguments) -> None:
+    out = arguments.out or Path(arguments.repository.rpartition("/")[2])
+    hub.fetch(arguments.repository, out, arguments.revision)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -221,10 +221,36 @@ def write(folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], fi
     for path in map(Path, files):
         with whole_file(folder / path.name) as beside:
             shutil.copyfile(path, beside)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with whole_file(folder / "model.safetensors") as beside:
-        try:
-            save_file(tensors, beside, metadata={"format": "pt"})
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
+    write_tensors(folder, tensors)
     write_json(folder / "config.json", config, indent=2)
+
+
+SHARD = 5_000_000_000  # bytes of the largest file
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """model.safetensors, or, above 5 GB, model-00001-of-00003.safetensors and so on with their index."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD:
+            shards, size = [*shards, []], 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    one = len(shards) == 1
+    file_of = {name: "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+               for number, names in enumerate(shards, 1) for name in names}
+    for names in shards:
+        with whole_file(folder / file_of[names[0]]) as beside:
+            shard = {name: tensors[name].detach().contiguous().cpu() for name in names}
+            try:
+                save_file(shard, beside, metadata={"format": "pt"})
+            except SafetensorError as error:  # what it makes of a full disk
+                raise OSError(str(error)) from error
+    for stale in {*folder.glob("model*.safetensors")} - {folder / file for file in file_of.values()}:
+        stale.unlink()
+    index = folder / "model.safetensors.index.json"
+    if one:
+        index.unlink(missing_ok=True)
+    else:
+        write_json(index, {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                           "weight_map": file_of}, indent=2)

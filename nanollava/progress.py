@@ -13,11 +13,11 @@ def clock(seconds: float) -> str:
 class Progress:
     """`with Progress("stage 1", 200, "steps") as progress: progress.update(done, "loss 1.23")`.
 
-    On a terminal the line rewrites itself ten times a second; elsewhere a line comes every ten seconds.
+    `begun`: how much was done before, by a run that was stopped. On a terminal the line rewrites itself ten times a second; elsewhere a line comes every ten seconds.
     """
 
-    def __init__(self, label: str, total: int, unit: str):
-        self.label, self.total, self.unit = label, total, unit
+    def __init__(self, label: str, total: int, unit: str, begun: int = 0):
+        self.label, self.total, self.unit, self.begun = label, total, unit, begun
         self.start = self.shown = time.monotonic()
         self.line = ""
 
@@ -27,9 +27,10 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
         elapsed = max(now - self.start, 1e-9)
-        left = clock(elapsed / max(done, 1) * (self.total - done))
+        rate = (done - self.begun) / elapsed
+        left = clock((self.total - done) / max(rate, 1e-9)) if rate or done == self.total else "?"
         self.line = (f"{self.label}  {done}/{self.total} {self.unit}  {note + '  ' if note else ''}"
-                     f"{done / elapsed:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left")
+                     f"{rate:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left")
         if now - self.shown >= (0.1 if sys.stderr.isatty() else 10):
             self.shown = now
             self.show("\r\033[K" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")

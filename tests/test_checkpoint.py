@@ -29,6 +29,22 @@ def test_a_run_has_the_public_layout(folder, model):
     assert config["projector_hidden_act"] == "linear" and config["image_token_index"] == model.config.image_token_id
 
 
+def test_a_big_model_is_written_in_shards_with_an_index(folder, model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD", 30_000)
+    model.save_pretrained(folder)
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    written = {name: shard for shard in shards for name in load_file(folder / shard)}
+    assert index["weight_map"] == written
+    assert index["metadata"]["total_size"] == sum(t.nbytes for s in shards for t in load_file(folder / s).values())
+    again = Llava.from_pretrained(folder).state_dict()
+    assert all(again[name].equal(tensor) for name, tensor in model.state_dict().items())
+    monkeypatch.undo()
+    model.save_pretrained(folder)  # small again: nothing of the shards stays behind
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
 @pytest.mark.parametrize("generation", [
     lambda name: name,
     lambda name: name.replace("vision_tower.vision_model.", "vision_tower."),
