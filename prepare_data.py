@@ -4,15 +4,20 @@
     python prepare_data.py toy --out data/other --seed 1 --scenes 20000
     python prepare_data.py show                                # what exactly is trained on? a row of data/toy, colored
     python prepare_data.py show --data llava_instruct_150k.json --model vicuna-7b-v1.3 --row 7
+    python prepare_data.py instruct --captions captions_train2017.json --instances instances_train2017.json \\
+        --kind conversation --limit 100 --out conversation.json         # asks GPT-4; the key is in OPENAI_API_KEY
     python prepare_data.py weights llava-hf/llava-1.5-7b-hf    # from the Hugging Face hub, to llava-1.5-7b-hf
 """
 
 import random
 from pathlib import Path
 
-from nanollava import hub
+from nanollava import gpt, hub, teacher
+from nanollava.captions import write_pretrain
+from nanollava.coco import read_coco
 from nanollava.conversation import TEMPLATES, show, tokenize_conversation
-from nanollava.files import InputError, Parser, one_line_errors, positive, read_json
+from nanollava.data import stats
+from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy import write_world
 
@@ -37,6 +42,35 @@ def parse_arguments():
     add("--template", choices=TEMPLATES, default="vicuna_v1", help="the words around the turns (default: %(default)s)")
     add("--row", type=int, help="which row, from 0 (default: one by chance)")
     command.set_defaults(run=show_row)
+
+    command = commands.add_parser("instruct", doc="Have a language model write instruction data about COCO's pictures.")
+    add = command.add_argument
+    add("--captions", type=Path, required=True, help="COCO's captions_*.json")
+    add("--instances", type=Path, help="COCO's instances_*.json, for --kind detail and reasoning")
+    add("--kind", choices=teacher.KINDS, default="conversation", help="what to write (default: %(default)s)")
+    add("--out", type=Path, required=True, help="LLaVA JSON to write; FILE.ledger.jsonl beside it keeps every answer")
+    add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
+    add("--model", default="gpt-4", help="(default: %(default)s)")
+    add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
+    add("--limit", type=positive(int), help="only the first so many pictures")
+    add("--max-tokens", type=positive(int), default=float("inf"), help="buy no more, all runs on this FILE together")
+    add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars per million tokens, to show the cost")
+    add("--seed", type=int, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
+    add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
+    command.set_defaults(run=ask_teacher)
+
+    command = commands.add_parser("captions", doc="Pictures with captions to data for stage 1.")
+    add = command.add_argument
+    add("--captions", type=Path, required=True,
+        help="COCO's captions_*.json, a .json or .jsonl of {image, caption}, or lines of image TAB caption")
+    add("--out", type=Path, required=True, help="LLaVA JSON to write")
+    add("--balance", action="store_true", help="thin out what is common, as the paper made 595K of 3M")
+    add("--seed", type=int, default=0, help="draws questions, orders and what is thinned out (default: %(default)s)")
+    command.set_defaults(run=expand_captions)
+
+    command = commands.add_parser("stats", doc="What is in a LLaVA JSON, and which of its rows are broken.")
+    command.add_argument("data", type=Path, metavar="FILE")
+    command.set_defaults(run=print_stats)
 
     command = commands.add_parser("weights", doc="Download a CLIP, LLaMA or LLaVA from the Hugging Face hub.")
     add = command.add_argument
@@ -69,6 +103,61 @@ def show_row(arguments) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{arguments.data}, row {number}: {error}") from error
     print(show(tokens, labels, tokenizer, len(tokenizer)))
+
+
+def price(text: str) -> tuple[float, float]:
+    read, written = map(float, text.split(","))
+    return read, written
+
+
+def ask_teacher(arguments) -> None:
+    out, kind = arguments.out, arguments.kind
+    if kind != "conversation" and not arguments.instances:
+        raise InputError(f"--kind {kind} is written from captions and boxes: name COCO's boxes with --instances")
+    pictures, left_out = read_coco(arguments.captions, arguments.instances)
+    for reason, count in left_out.items():
+        say(f"{count} {reason}: left out")
+    pictures = pictures[: arguments.limit]
+    path = out.with_name(f"{out.name}.ledger.jsonl")
+    if arguments.dry_run:
+        job = teacher.Job(kind, pictures, {}, arguments.model, arguments.seed)
+        for message in job.messages(pictures[0]):
+            print(f"[{message['role']}]\n{message['content']}\n")
+        written = [len(text) for *_, replies in teacher.EXAMPLES for text in [replies[kind]]]
+        read = sum(len(message["content"]) for picture in pictures for message in job.messages(picture)) / 4
+        say(f"{len(pictures)} pictures, about {read / 1e3:.0f}K tokens to read and "
+            f"{len(pictures) * sum(written) / len(written) / 4e3:.0f}K to write (at 4 letters a token)")
+        return
+    if out.exists() and not path.exists():
+        raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
+    with gpt.Ledger(path) as ledger:
+        job = teacher.Job(kind, pictures, ledger, arguments.model, arguments.seed)
+        failed = {}
+        if job.open():
+            chat = gpt.Chat(arguments.model, arguments.base_url)
+            failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
+        rows = [row for row in map(job.row, pictures) if row]
+        write_json(out, rows)
+        rejected = sum(bool(answer["rejected"]) for answers in ledger.lines.values() for answer in answers)
+    print(out)
+    say(f"{len(rows)} of {len(pictures)} pictures; {rejected} replies were rejected; "
+        f"{ledger.prompt_tokens} tokens read and {ledger.completion_tokens} written in all")
+    for problem, count in failed.items():
+        say(f"{count} failed: {problem}")
+
+
+def expand_captions(arguments) -> None:
+    count, written = write_pretrain(arguments.captions, arguments.out, arguments.seed, arguments.balance)
+    print(arguments.out)
+    say(f"{written} of {count} captions")
+
+
+def print_stats(arguments) -> None:
+    numbers, broken = stats(arguments.data)
+    for name, number in numbers.items():
+        print(f"{name.replace('_', ' '):<24}{number:>12,.{0 if number == int(number) else 1}f}")
+    for problem in broken[:10]:
+        say(f"{arguments.data}, {problem}")
 
 
 def download_weights(arguments) -> None:

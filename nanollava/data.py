@@ -5,14 +5,56 @@ is there and will not open: that is found when its turn comes, and told by its n
 """
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from .conversation import IGNORE, IMAGE, tokenize_conversation
+from .conversation import IGNORE, IMAGE, check_turns, tokenize_conversation
 from .files import InputError, read_json
 from .image import open_image, preprocess
+
+
+def check_row(row) -> tuple[list[dict], list[str]]:
+    """The turns and the picture files of a row. Raises ValueError, saying what is wrong, where nothing can be learned."""
+    if not isinstance(row, dict) or "conversations" not in row:
+        raise ValueError("it has no 'conversations'")
+    turns, files = row["conversations"], row.get("image", [])
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError("'image' must be a file name or a list of them")
+    check_turns(turns)
+    for number, turn in enumerate(turns):
+        if not turn["value"].strip():
+            raise ValueError(f"turn {number + 1} ({turn['from']}) is empty")
+    if len(turns) < 2:
+        raise ValueError("it has no answer to learn from")
+    marks = sum(turn["value"].count(IMAGE) for turn in turns)
+    if marks != len(files):
+        raise ValueError(f"{len(files)} pictures, but {marks} times {IMAGE} in its text")
+    return turns, files
+
+
+def stats(path: Path) -> tuple[dict[str, float], list[str]]:
+    """What is in a LLaVA JSON: numbers by name, and what is wrong with its broken rows, one line each."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path} is not a list of conversations")
+    counts, kinds, broken = Counter(rows=len(rows)), Counter(), []
+    for number, row in enumerate(rows):
+        try:
+            turns, files = check_row(row)
+        except ValueError as error:
+            broken.append(f"row {number}: {error}")
+            continue
+        answers = [turn["value"] for turn in turns[1::2]]
+        counts += Counter(pictures=len(files), questions=len(turns) - len(answers), answers=len(answers),
+                          words_of_answers=sum(len(text.split()) for text in answers), rows_without_picture=not files)
+        # our own rows say their kind behind the number of the picture; the public ones do not
+        kinds[str(row.get("id")).rpartition("-")[2] if "-" in str(row.get("id")) else "not said"] += 1
+    shares = {f"kind: {kind}, percent": 100 * count / kinds.total() for kind, count in kinds.most_common()}
+    return {**counts, "broken rows": len(broken), **shares}, broken
 
 
 class Conversations(torch.utils.data.Dataset):
@@ -36,25 +78,12 @@ class Conversations(torch.utils.data.Dataset):
                 raise InputError(f"{path}, row {number}{name}: {error}") from error
 
     def prepare(self, row, tokenizer, config, max_length):
-        if not isinstance(row, dict) or "conversations" not in row:
-            raise ValueError("it has no 'conversations'")
-        turns, files = row["conversations"], row.get("image", [])
-        files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ValueError("'image' must be a file name or a list of them")
+        turns, files = check_row(row)
         tokens, labels = tokenize_conversation(turns, tokenizer, config.template,
                                                config.tokens_per_image, config.image_token_id)
-        for number, turn in enumerate(turns):
-            if not turn["value"].strip():
-                raise ValueError(f"turn {number + 1} ({turn['from']}) is empty")
-        marks = sum(turn["value"].count(IMAGE) for turn in turns)
-        if marks != len(files):
-            raise ValueError(f"{len(files)} pictures, but {marks} times {IMAGE} in its text")
         for file in files:
             if not (self.images / file).is_file():
                 raise ValueError(f"no picture at {self.images / file}")
-        if all(label == IGNORE for label in labels):
-            raise ValueError("it has no answer to learn from")
         if all(label == IGNORE for label in labels[:max_length]):
             raise ValueError(f"no answer within {max_length} tokens; raise --max-length or shorten the row")
         if tokens[max_length:].count(config.image_token_id):

@@ -106,7 +106,7 @@ class Clip(nn.Module):
         super().__init__()
         self.end_of_text = len(tokenizer)  # one past the vocabulary
         self.tokenizer = tokenizer
-        text = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3)
+        text = VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
         self.vision_model = VisionTower(VISION)
         self.text_model = TextTower(text, len(tokenizer) + 1, length=96)
         self.visual_projection = nn.Linear(VISION.hidden_size, size, bias=False)
@@ -278,8 +278,10 @@ def first_lesson(things, rng: random.Random) -> list[str]:
 
 
 def lesson(things, rng: random.Random) -> list[str]:
-    """Questions and answers in turn: a few of all types, at times a caption, a description or some reasoning."""
-    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 4)]
+    """Questions and answers in turn: a few of all types, one more to count, for that is the slowest to learn, and at
+    times a caption, a description or some reasoning."""
+    asked = toy.ask(things, rng, 4) + toy.ask(things, rng, 1, {"count": toy.ask_count})
+    pairs = [[question, answer] for _, question, answer in asked]
     if rng.random() < 0.2:
         pairs.append([rng.choice(teacher.BRIEF), toy.caption(things, rng.randrange(toy.STYLES))])
     if rng.random() < 0.1:
@@ -297,7 +299,7 @@ def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     return [{**turn, "value": turn["value"].replace(IMAGE, story)} for turn in turns]
 
 
-def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=2500, batch_size=16) -> None:
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=3500, batch_size=16) -> None:
     """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
     torch.manual_seed(seed)
     rng, drawn = random.Random(seed), toy.scenes(random.Random(seed))

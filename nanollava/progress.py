@@ -43,9 +43,9 @@ class Progress:
             self.show("\r\033[K" if sys.stderr.isatty() else "", "\n")
 
 
-def progress(items, label: str, unit: str):
-    """The items of a sequence, one by one, with their progress shown."""
-    with Progress(label, len(items), unit) as line:
+def progress(items, label: str, unit: str, total: int | None = None):
+    """The items of a sequence, one by one, with their progress shown; `total` where it does not know its length."""
+    with Progress(label, len(items) if total is None else total, unit) as line:
         for done, item in enumerate(items, 1):
             yield item
             line.update(done)

@@ -2,13 +2,21 @@
 
 The teacher never sees a picture. It is told the captions that people wrote for it, and for detailed
 descriptions and reasoning also the boxes of the things in it, and answers as if it saw it. `messages` is
-what it is asked, `parse` what its reply becomes.
+what it is asked, `parse` what its reply becomes, `Job` the whole of it.
 """
 
+import hashlib
+import json
 import random
 import re
+from collections import Counter
+from dataclasses import asdict
 
+from .coco import Picture
 from .conversation import IMAGE
+from .files import InputError
+from .gpt import Chat, Ledger, RequestError, in_parallel
+from .progress import Progress
 
 KINDS = ("conversation", "detail", "reasoning")  # the three kinds of instruction data, section 3
 
@@ -79,19 +87,121 @@ def context(kind: str, captions: list[str], boxes: list[tuple[str, list[float]]]
     return "\n".join(lines)
 
 
+# Two pictures that were never taken, as a person would have answered: what the teacher is shown of each kind of work.
+# (captions, boxes, the reply to each kind)
+EXAMPLES = (
+    (["A woman and a child on bicycles wait at a red light.",
+      "Two cyclists with helmets stop at a crossing in the rain.",
+      "A mother and her daughter sit on their bikes next to a yellow bus.",
+      "People on bikes at an intersection on a wet day."],
+     [("person", [0.212, 0.301, 0.418, 0.894]), ("person", [0.455, 0.472, 0.590, 0.900]),
+      ("bicycle", [0.190, 0.560, 0.440, 0.970]), ("bicycle", [0.437, 0.640, 0.611, 0.962]),
+      ("bus", [0.620, 0.105, 1.000, 0.780]), ("traffic light", [0.051, 0.020, 0.108, 0.190])],
+     {"conversation": """Question:
+Who is waiting at the crossing?
+===
+Answer:
+A woman and a child, both on bicycles. They seem to be mother and daughter.
+===
+Question:
+What are they wearing on their heads?
+===
+Answer:
+Both wear helmets.
+===
+Question:
+Why have they stopped?
+===
+Answer:
+The traffic light is red, so they wait at the crossing.
+===
+Question:
+What is the weather like?
+===
+Answer:
+It is raining, and the street is wet.
+===
+Question:
+What color is the bus?
+===
+Answer:
+The bus next to them is yellow.""",
+      "detail": """On a rainy day, a woman and a child wait on their bicycles at a crossing. The woman, on the left, is the larger of the two; the child sits on a smaller bicycle to the right of her, so close that their wheels almost touch. Both wear helmets.
+
+A yellow bus takes up much of the right side of the picture and stands beside them, taller than the riders. High up in the left corner hangs a traffic light, which shows red. The street is wet.""",
+      "reasoning": """Question:
+What should the two cyclists pay attention to when the light turns green?
+===
+Answer:
+A bus stands right beside them, and from its seat the driver may overlook a child on a small bicycle. They should make sure that the driver has seen them, or let the bus go first. Besides, the street is wet from the rain: brakes take longer to grip and wheels slip more easily, so it is wise to start slowly and not to turn sharply.
+===
+Question:
+How does the woman look after the child's safety?
+===
+Answer:
+Both of them wear helmets, so she has seen to it that the child is protected in a fall. She has also stopped at the red light, close by the child's side, which sets an example and lets her help at once if something happens."""}),
+    (["A gray cat lies asleep on an open laptop.",
+      "A cat on a desk between a laptop and a cup.",
+      "There is a cat sleeping on the keyboard of a computer, and a white mug stands beside it.",
+      "A desk with a cat, a laptop, a mug and two books on it."],
+     [("cat", [0.280, 0.335, 0.742, 0.711]), ("laptop", [0.215, 0.120, 0.798, 0.760]),
+      ("cup", [0.842, 0.415, 0.951, 0.640]), ("book", [0.020, 0.610, 0.205, 0.742]),
+      ("book", [0.031, 0.560, 0.198, 0.618])],
+     {"conversation": """Question:
+What animal is on the desk?
+===
+Answer:
+A gray cat.
+===
+Question:
+What is it doing?
+===
+Answer:
+It is asleep on the keyboard of an open laptop.
+===
+Question:
+How many books are on the desk?
+===
+Answer:
+There are two books on the desk.
+===
+Question:
+What stands beside the cat?
+===
+Answer:
+A white mug stands beside it.""",
+      "detail": """A gray cat sleeps in the middle of a desk, stretched out on the keyboard of an open laptop whose screen rises behind it. To the right of the computer, within easy reach, stands a white mug. On the left edge of the desk two books lie one on top of the other. The cat covers most of the keyboard, so that nobody could type.""",
+      "reasoning": """Question:
+Why might the cat have chosen this place to sleep?
+===
+Answer:
+A laptop that is switched on gives off warmth, and cats like to lie where it is warm. The laptop is open, so it may well have been in use a moment ago, and the mug beside it suggests that somebody works at this desk. The place is also close to that person, which many cats enjoy.
+===
+Question:
+What would the owner of the laptop have to do before going on with work?
+===
+Answer:
+The cat lies on the keyboard, so the owner would first have to move it, gently, for it is asleep. Then it would be wise to check what the weight of the cat has typed, and to keep the mug out of the way, for a cat that jumps up could tip it over the computer."""}),
+)
+
+
 def messages(kind: str, captions: list[str], boxes: list[tuple[str, list[float]]]) -> list[dict]:
-    """The messages of one request, for the chat interface of a language model."""
-    return [{"role": "system", "content": SYSTEM[kind]},
-            {"role": "user", "content": context(kind, captions, boxes)}]
+    """The messages of one request, for the chat interface of a language model: what to do, two examples, the picture."""
+    asked = [{"role": "system", "content": SYSTEM[kind]}]
+    for example_captions, example_boxes, replies in EXAMPLES:
+        asked += [{"role": "user", "content": context(kind, example_captions, example_boxes)},
+                  {"role": "assistant", "content": replies[kind]}]
+    return [*asked, {"role": "user", "content": context(kind, captions, boxes)}]
 
 
-_FORBIDDEN = re.compile(r"\b(captions?|coordinates?|bounding box(es)?)\b", re.IGNORECASE)
+_FORBIDDEN = re.compile(r"\b(captions?|coordinates?|(bounding )?box(es)?)\b", re.IGNORECASE)
 
 
-def parse(kind: str, reply: str, rng: random.Random) -> list[dict]:
+def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -> list[dict]:
     """A reply to the turns of a LLaVA conversation, the picture before or after the first question by chance.
 
-    Raises ValueError, saying why, for a reply that must be asked for again.
+    Raises ValueError, saying why, for a reply that must be asked for again. An answer must not speak of captions,
+    coordinates or boxes, unless the captions do: there are cardboard boxes in pictures.
     """
     if kind == "detail":
         texts = [rng.choice(DETAILED), reply.strip()]
@@ -99,18 +209,22 @@ def parse(kind: str, reply: str, rng: random.Random) -> list[dict]:
         texts = []
         blocks = re.split(r"^\s*={3,}\s*$", reply.strip().strip("=").strip(), flags=re.MULTILINE)
         for number, block in enumerate(blocks):
-            label = ("Question:", "Answer:")[number % 2]
-            first, _, rest = block.strip().partition("\n")
-            if not first.startswith(label):
-                raise ValueError(f"block {number + 1} does not begin with '{label}'")
-            texts.append((first.removeprefix(label) + "\n" + rest).strip())
+            label = ("Question", "Answer")[number % 2]
+            found = re.match(rf"\**{label}\**:\**", block.strip(), re.IGNORECASE)  # some models set it in bold
+            if not found:
+                raise ValueError(f"block {number + 1} does not begin with '{label}:'")
+            texts.append(block.strip()[found.end() :].strip())
         if len(texts) % 2:
             raise ValueError("the last question has no answer")
     if not all(texts):
         raise ValueError("a question or an answer is empty")
+    if any(IMAGE in text for text in texts):
+        raise ValueError(f"it contains {IMAGE}")
+    known = " ".join(captions).lower()
     for answer in texts[1::2]:
-        if _FORBIDDEN.search(answer):
-            raise ValueError(f"an answer speaks of {_FORBIDDEN.search(answer).group().lower()}")
+        for found in _FORBIDDEN.finditer(answer):
+            if found.group().lower() not in known:
+                raise ValueError(f"an answer speaks of {found.group().lower()}")
     return conversation(texts, rng.random() < 0.5)
 
 
@@ -118,3 +232,91 @@ def conversation(texts: list[str], picture_first: bool) -> list[dict]:
     """Questions and answers in turn to a LLaVA conversation, beginning with [X_v, X_q] or [X_q, X_v] (equation 2)."""
     first = f"{IMAGE}\n{texts[0]}" if picture_first else f"{texts[0]}\n{IMAGE}"
     return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate([first, *texts[1:]])]
+
+
+def row(kind: str, picture: Picture, reply: str, seed: int) -> dict:
+    """A row of the LLaVA JSON. Raises ValueError, saying why, for a reply that must be asked for again."""
+    turns = parse(kind, reply, random.Random(f"{seed} {picture.id} {kind}"), picture.captions)
+    return {"id": f"{picture.id}-{kind}", "image": picture.file, "conversations": turns}
+
+
+TRIES = 3  # of one picture, as long as the replies must be rejected
+
+
+class Job:
+    """Instruction data of one kind for pictures, one paid answer each, from a ledger and a `chat` that fills it.
+
+    What comes out depends on the ledger, the pictures and the seed alone.
+    """
+
+    def __init__(self, kind: str, pictures: list[Picture], ledger: Ledger, model: str, seed: int):
+        self.kind, self.pictures, self.ledger, self.model, self.seed = kind, pictures, ledger, model, seed
+
+    def messages(self, picture: Picture) -> list[dict]:
+        return messages(self.kind, picture.captions, picture.boxes)
+
+    def key(self, picture: Picture) -> str:
+        """Names a request in the ledger: other words, or another model, are another request."""
+        asked = json.dumps([self.model, self.messages(picture)], ensure_ascii=True)
+        return f"{picture.id}-{self.kind}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+
+    def row(self, picture: Picture) -> dict | None:
+        """A row of the LLaVA JSON from the first answer in the ledger that is good."""
+        for answer in self.ledger[self.key(picture)]:
+            if self.problem(picture, answer) is None:
+                return row(self.kind, picture, answer["text"], self.seed)
+        return None
+
+    def problem(self, picture: Picture, answer: dict) -> str | None:
+        """Why an answer must be asked for again, or None."""
+        try:
+            row(self.kind, picture, answer["text"], self.seed)
+        except ValueError as error:
+            return str(error)
+        return None if answer["whole"] else "it was cut off"
+
+    def open(self) -> list[Picture]:
+        """The pictures that still need an answer, and have not had all their tries."""
+        return [picture for picture in self.pictures
+                if self.row(picture) is None and len(self.ledger[self.key(picture)]) < TRIES]
+
+    def ask(self, picture: Picture, chat: Chat) -> str | None:
+        """Buy answers for a picture until one is good; None, or why there is none."""
+        key, problem = self.key(picture), "no try is left"
+        while len(self.ledger[key]) < TRIES:
+            try:
+                answer = chat(self.messages(picture))
+            except RequestError as error:
+                return str(error)
+            problem = self.problem(picture, asdict(answer))
+            self.ledger.add(key, answer, kind=self.kind, model=self.model, rejected=problem)
+            if problem is None:
+                return None
+        return problem
+
+    def run(self, chat: Chat, workers: int = 4, max_tokens: float = float("inf"), price=(0.0, 0.0)) -> Counter:
+        """Ask for what is missing, until the ledger holds `max_tokens`; how many pictures failed, by reason.
+
+        price: dollars for a million tokens read and written, for the progress line alone. Raises InputError where
+        nothing succeeds any more.
+        """
+        missing, failed, in_a_row = self.open(), Counter(), 0
+
+        def affordable():
+            for picture in missing:
+                if self.ledger.prompt_tokens + self.ledger.completion_tokens >= max_tokens:
+                    return
+                yield picture
+
+        with Progress(f"teacher: {self.kind}", len(missing), "pictures") as progress:
+            answers = in_parallel(lambda picture: self.ask(picture, chat), affordable(), workers, chat.stop)
+            for done, problem in enumerate(answers, 1):
+                in_a_row = in_a_row + 1 if problem else 0
+                if problem:
+                    failed[problem] += 1
+                if in_a_row >= 10 + workers:
+                    raise InputError(f"{in_a_row} pictures in a row failed, the last for this: {problem}")
+                read, written = self.ledger.prompt_tokens, self.ledger.completion_tokens
+                cost = (read * price[0] + written * price[1]) / 1e6
+                progress.update(done, f"{(read + written) / 1000:.0f}K tokens" + (f"  ${cost:.2f}" if cost else ""))
+        return failed

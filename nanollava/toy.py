@@ -22,6 +22,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from . import teacher
+from .captions import pretrain_row
+from .coco import Picture
 from .files import InputError, write_json
 from .progress import progress
 
@@ -276,8 +278,8 @@ def ask_presence(things, rng):
 
 def ask_count(things, rng):
     if rng.random() < 0.5:
-        return "How many things are there?", sentence(
-            f"{listed([a(t.kind) for t in things])}, so {NUMBERS[len(things)]}")
+        seen = listed([f"{t.place} is {a(t.kind)}" for t in things])
+        return "How many things are there?", sentence(f"{seen}, so {NUMBERS[len(things)]}")
     kind = rng.choice(things).kind if rng.random() < 0.8 else rng.choice(tuple(KINDS))
     found = [t.place for t in things if t.kind == kind]
     return f"How many {plural(kind)} are there?", (
@@ -429,17 +431,16 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 category = 1 + list(KINDS).index(thing.kind)
                 instances.append({"id": len(instances), "image_id": number, "category_id": category,
                                   "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
-            brief = teacher.conversation([rng.choice(teacher.BRIEF), rng.choice(sentences)], rng.random() < 0.5)
-            pretrain.append({"id": str(number), "image": file, "conversations": brief})
+            pretrain.append(pretrain_row(number, file, rng.choice(sentences), seed))
             shares = [(t.kind, [x / PICTURE_SIZE, y / PICTURE_SIZE, (x + w) / PICTURE_SIZE, (y + h) / PICTURE_SIZE])
                       for t, (x, y, w, h) in zip(things, placed)]
+            seen = Picture(str(number), file, sentences, shares)
             # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
             # conversations are long and the two others short
             for kind, share in zip(teacher.KINDS, (1.0, 0.15, 0.25)):
                 if rng.random() < share:
-                    reply = toy_teacher(teacher.messages(kind, sentences, shares))
-                    turns = teacher.parse(kind, reply, rng)
-                    instruct.append({"id": f"{number}-{kind}", "image": file, "conversations": turns})
+                    reply = toy_teacher(teacher.messages(kind, seen.captions, seen.boxes))
+                    instruct.append(teacher.row(kind, seen, reply, seed))
         categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(KINDS)]
         write_json(beside / "annotations" / "captions.json", {"images": images, "annotations": captions})
         write_json(beside / "annotations" / "instances.json",

@@ -1,5 +1,6 @@
 """What the tests share: the shipped vocabulary, a random LLaVA of a few thousand weights, a little toy world."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
 from nanollava.toy import write_world
 from nanollava.vision import VisionConfig
+from tests.chat_server import Server
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -40,3 +42,14 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "toy"
     write_world(folder, seed=0, count=60, tests=10)
     return folder
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    yield server
+    server.slept.set()
+    server.shutdown()
+    server.server_close()

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -254,3 +256,92 @@ def test_show_prints_what_is_trained_on(command, world):
 def test_help_shows_examples(command, name):
     code, out, _ = command(name, "--help")
     assert code == 0 and f"    python {name}.py" in out
+
+
+# ---------------------------------------------------------------------------------------------
+# prepare_data.py instruct
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """--captions and --instances of forty pictures, written as COCO does."""
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 50} for n in range(40)]
+    captions = [{"id": n, "image_id": n, "caption": f"Cat number {n}."} for n in range(40)]
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 50, 50]} for n in range(40)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    (tmp_path / "instances.json").write_text(json.dumps(
+        {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}))
+    return "--captions", tmp_path / "captions.json", "--instances", tmp_path / "instances.json"
+
+
+@pytest.fixture
+def teacher_server(server):
+    """A server that answers as the teacher should, and says where it is."""
+    server.reply = lambda body: "Question:\nWhat?\n===\nAnswer:\n" + body["messages"][-1]["content"].splitlines()[0]
+    return "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--model", "toy"
+
+
+def test_instruct_writes_llava_json_and_buys_nothing_twice(command, coco, teacher_server, server, tmp_path):
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json", "--kind", "reasoning")
+    code, out, error = command(*arguments, "--limit", 30)
+    assert (code, out) == (0, f"{tmp_path / 'out.json'}\n") and "30 of 30 pictures" in error
+    asked = server.heard[-1]["messages"][-1]["content"]
+    assert "Cat number" in asked and "cat: [0.000, 0.000, 0.500, 1.000]" in asked
+    assert command(*arguments)[0] == 0 and len(server.heard) == 40
+    rows = read_json(tmp_path / "out.json")
+    assert [row["image"] for row in rows] == [f"{n}.jpg" for n in range(40)]
+    assert rows[7]["conversations"][1]["value"] == "Cat number 7."
+    before = (tmp_path / "out.json").read_bytes()
+    assert command(*arguments)[0] == 0 and len(server.heard) == 40
+    assert (tmp_path / "out.json").read_bytes() == before
+    assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("out*"))
+
+
+def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp_path, command):
+    """A process of its own, killed like by a power cut after some answers; the next run buys the rest, once."""
+    arguments = ["instruct", *map(str, (*coco, *teacher_server)), "--out", str(tmp_path / "out.json"), "--workers", "3"]
+    process = subprocess.Popen([sys.executable, Path(__file__).parent.parent / "prepare_data.py", *arguments],
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    reply, paid = server.reply, []
+
+    def slowly(body):
+        if len(server.heard) >= 10:
+            process.kill()
+            process.wait()
+        paid.append(body["messages"][-1]["content"])
+        return reply(body)
+
+    server.reply = slowly
+    process.wait(timeout=60)
+    assert process.returncode == -9 and not (tmp_path / "out.json").exists()
+    ledger = tmp_path / "out.json.ledger.jsonl"
+    kept = [json.loads(line)["text"] for line in ledger.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    server.reply, server.heard[:] = reply, []
+    assert command("prepare_data", *arguments)[0] == 0
+    assert len(server.heard) == 40 - len(kept) and len(kept) >= 7  # at most the three under way were lost
+    assert len(read_json(tmp_path / "out.json")) == 40
+
+
+def test_a_dry_run_needs_no_key_and_prints_what_would_be_asked(command, coco, monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    arguments = ("prepare_data", "instruct", *coco, "--out", tmp_path / "out.json")
+    code, out, error = command(*arguments, "--dry-run")
+    assert code == 0 and out.count("[user]") == 3 and "Cat number 0." in out and "40 pictures, about" in error
+    assert not (tmp_path / "out.json").exists()
+    code, out, error = command(*arguments)
+    assert code == 2 and is_one_line(error, "OPENAI_API_KEY")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]), (["--captions", "none.json"], ["none.json"]),
+])
+def test_a_mistake_in_instruct_is_one_line(command, coco, tmp_path, arguments, words):
+    code, out, error = command("prepare_data", "instruct", *coco[:2], "--out", tmp_path / "out.json", *arguments)
+    assert (code, out) == (2, "") and is_one_line(error, *words)
+
+
+def test_captions_and_stats(command, coco, tmp_path):
+    code, out, error = command("prepare_data", "captions", *coco[:2], "--out", tmp_path / "pretrain.json")
+    assert code == 0 and "40 of 40 captions" in error
+    code, out, _ = command("prepare_data", "stats", tmp_path / "pretrain.json")
+    assert code == 0 and out.split()[:2] == ["rows", "40"]

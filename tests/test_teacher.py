@@ -1,8 +1,12 @@
 import random
+import threading
 
 import pytest
 
 from nanollava import teacher
+from nanollava.coco import Picture
+from nanollava.files import InputError
+from nanollava.gpt import Answer, Ledger, RequestError
 
 
 def test_conversations_are_made_from_captions_alone_the_others_from_boxes_too():
@@ -39,7 +43,123 @@ def test_a_description_gets_a_question_of_the_list():
     ("What?\n===\nA cat.", "does not begin with"),
     ("Question:\nWhat?\n===\nAnswer:\nThe caption says a cat.", "speaks of caption"),
     ("Question:\nWhat?\n===\nAnswer:\nThe bounding box is left.", "speaks of bounding box"),
+    ("Question:\nWhat?\n===\nAnswer:\nIts box is left.", "speaks of box"),
+    ("Question:\nWhat is <image>?\n===\nAnswer:\nA cat.", "contains <image>"),
 ])
 def test_a_reply_that_must_be_asked_for_again(reply, why):
     with pytest.raises(ValueError, match=why):
         teacher.parse("conversation", reply, random.Random(0))
+
+
+def test_a_box_that_people_saw_may_be_spoken_of():
+    reply = "Question:\nWhere is the cat?\n===\nAnswer:\nIn a box."
+    assert teacher.parse("conversation", reply, random.Random(0), ["A cat in a cardboard box."])[1]["value"] == "In a box."
+
+
+def test_labels_in_bold_are_labels():
+    turns = teacher.parse("conversation", "**Question:**\nWhat?\n===\n**Answer**: A cat.", random.Random(0))
+    assert [turn["value"].replace("<image>", "").strip() for turn in turns] == ["What?", "A cat."]
+
+
+def test_the_examples_are_what_is_asked_for():
+    assert len(teacher.EXAMPLES) >= 2 and len(teacher.BRIEF) >= 11 and len(teacher.DETAILED) >= 16
+    for captions, _, replies in teacher.EXAMPLES:
+        for kind in teacher.KINDS:
+            teacher.parse(kind, replies[kind], random.Random(0), captions)
+    roles = [message["role"] for message in teacher.messages("detail", ["A cat."], [])]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The job
+
+
+PICTURES = [Picture(str(n), f"{n}.jpg", [f"A cat number {n}."], []) for n in range(30)]
+GOOD = "Question:\nWhat?\n===\nAnswer:\nA cat."
+
+
+class Scripted:
+    """In the place of a client: says to each picture what `says` makes of its captions, and counts."""
+
+    def __init__(self, says=lambda text: GOOD):
+        self.says, self.asked, self.stop = says, [], threading.Event()
+
+    def __call__(self, messages):
+        self.asked.append(messages[-1]["content"])
+        return Answer(self.says(messages[-1]["content"]), 10, 2, whole=True)
+
+
+def job(ledger, pictures=PICTURES, **changes):
+    return teacher.Job(**{"kind": "conversation", "pictures": pictures, "ledger": ledger, "model": "toy", "seed": 0,
+                          **changes})
+
+
+def test_each_picture_is_asked_about_once_whatever_happens(tmp_path):
+    """The first run ends in the middle, the second goes on, the third has nothing to do; all see the same rows."""
+    def stops_in_the_middle(text):
+        if text == "A cat number 13.":
+            raise InputError("no credit")
+        return GOOD
+
+    first, second, third = Scripted(stops_in_the_middle), Scripted(), Scripted()
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(InputError, match="no credit"):
+        job(ledger).run(first, workers=4)
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert not job(ledger).run(second, workers=4)
+        rows = [job(ledger).row(picture) for picture in PICTURES]
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert not job(ledger).run(third) and not third.asked
+        assert [job(ledger).row(picture) for picture in PICTURES] == rows
+    paid = [text for text in first.asked if text != "A cat number 13."] + second.asked
+    assert sorted(paid) == sorted(picture.captions[0] for picture in PICTURES)
+    assert [row["image"] for row in rows] == [picture.file for picture in PICTURES]
+    assert {row["conversations"][0]["value"] for row in rows} == {"<image>\nWhat?", "What?\n<image>"}
+
+
+def test_a_bad_reply_is_kept_with_its_reason_and_asked_again(tmp_path):
+    replies = iter(["What?", GOOD])
+    with Ledger(tmp_path / "ledger") as ledger:
+        one = job(ledger, PICTURES[:1])
+        assert not one.run(Scripted(lambda _: next(replies)))
+        bad, good = ledger[one.key(PICTURES[0])]
+        assert bad["text"] == "What?" and "does not begin with" in bad["rejected"] and good["rejected"] is None
+        assert one.row(PICTURES[0])["conversations"][1]["value"] == "A cat."
+
+
+def test_after_three_bad_replies_a_picture_is_given_up_for_good(tmp_path):
+    with Ledger(tmp_path / "ledger") as ledger:
+        chat = Scripted(lambda _: "What?")
+        assert job(ledger, PICTURES[:1]).run(chat) == {"block 1 does not begin with 'Question:'": 1}
+        assert len(chat.asked) == teacher.TRIES
+        assert not job(ledger, PICTURES[:1]).run(chat) and len(chat.asked) == teacher.TRIES
+
+
+def test_a_failed_request_costs_no_try(tmp_path):
+    def fails(_):
+        raise RequestError("too long")
+
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert job(ledger, PICTURES[:2]).run(Scripted(fails)) == {"too long": 2}
+        assert not job(ledger, PICTURES[:2]).run(Scripted()) and job(ledger).row(PICTURES[1])
+
+
+def test_a_teacher_that_talks_nonsense_is_stopped(tmp_path):
+    chat = Scripted(lambda _: "What?")
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(InputError, match="in a row failed.*does not begin with"):
+        job(ledger).run(chat, workers=2)
+    assert len(chat.asked) < teacher.TRIES * 20
+
+
+def test_a_budget_is_kept_over_all_runs(tmp_path):
+    for _ in range(3):
+        with Ledger(tmp_path / "ledger") as ledger:
+            job(ledger).run(Scripted(), workers=1, max_tokens=60)  # 12 tokens each
+            assert ledger.prompt_tokens + ledger.completion_tokens == 60
+
+
+def test_another_model_or_other_captions_are_another_request(tmp_path):
+    with Ledger(tmp_path / "ledger") as ledger:
+        job(ledger).run(Scripted())
+        assert job(ledger).row(PICTURES[0])
+        assert job(ledger, model="other").row(PICTURES[0]) is None
+        assert job(ledger).row(Picture("0", "0.jpg", ["A dog."], [])) is None

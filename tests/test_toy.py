@@ -84,7 +84,8 @@ def test_what_is_there_and_what_is_not():
 
 def test_counting_names_what_it_counts():
     said = pairs(toy.ask_count)
-    assert said["How many things are there?"] == "A cat, a cat and a fish, so three."
+    assert said["How many things are there?"] == (
+        "At the top left is a cat, at the top right is a cat and at the bottom is a fish, so three.")
     assert said["How many cats are there?"] == "At the top left and at the top right, so two."
     assert said["How many fish are there?"] == "At the bottom, so one."
     assert said["How many cars are there?"] == "There are no cars."

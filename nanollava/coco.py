@@ -1,0 +1,80 @@
+"""COCO's captions.json and instances.json (Lin et al., 2014), as the teacher needs them: words and shares of a side."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .files import InputError, read_json
+
+
+@dataclass
+class Picture:
+    id: str
+    file: str
+    captions: list[str] = field(default_factory=list)
+    boxes: list[tuple[str, list[float]]] = field(default_factory=list)  # (kind, [left, top, right, bottom], 0 to 1)
+
+
+def table(path: Path, content, name: str, keys: tuple[str, ...]) -> list[dict]:
+    """The rows under a name of a COCO file, each with all `keys`. Raises InputError, naming the row, where not."""
+    rows = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f"{path} is no COCO file: it has no list of {name}")
+    for number, row in enumerate(rows):
+        lacking = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if lacking:
+            raise InputError(f"{path}, {name} row {number}: it has no '{lacking[0]}'")
+    return rows
+
+
+def read_coco(captions: Path, instances: Path | None = None) -> tuple[list[Picture], Counter]:
+    """The pictures that have captions, in the order of the file, and a count of what was left out and why.
+
+    Crowds have no box of one thing and are left out; an annotation whose id came before is the same one again.
+    """
+    content = read_json(captions)
+    pictures, sizes, left_out = {}, {}, Counter()
+    for row in table(captions, content, "images", ("id", "file_name")):
+        if row["id"] in pictures:
+            left_out["pictures with an id that came before"] += 1
+            continue
+        pictures[row["id"]] = Picture(str(row["id"]), row["file_name"])
+        sizes[row["id"]] = row.get("width"), row.get("height")
+
+    def annotations(path, content, keys):
+        seen = set()
+        for number, row in enumerate(table(path, content, "annotations", ("image_id", *keys))):
+            if row.get("id", ("row", number)) in seen:
+                left_out["annotations with an id that came before"] += 1
+            elif row["image_id"] not in pictures:
+                left_out["annotations of pictures that are not listed"] += 1
+            else:
+                yield number, row
+            seen.add(row.get("id", ("row", number)))
+
+    for _, row in annotations(captions, content, ("caption",)):
+        text = " ".join(str(row["caption"]).split())
+        if text:
+            pictures[row["image_id"]].captions.append(text)
+
+    if instances:
+        content = read_json(instances)
+        names = {row["id"]: row["name"] for row in table(instances, content, "categories", ("id", "name"))}
+        for row in content.get("images", []):
+            sizes.setdefault(row.get("id"), (row.get("width"), row.get("height")))
+        for number, row in annotations(instances, content, ("category_id", "bbox")):
+            if row.get("iscrowd"):
+                left_out["crowds"] += 1
+                continue
+            if row["category_id"] not in names:
+                raise InputError(f"{instances}, annotations row {number}: no category {row['category_id']}")
+            width, height = sizes[row["image_id"]]
+            if not width or not height:
+                raise InputError(f"{captions}: image {row['image_id']} has boxes, but no width and height")
+            x, y, w, h = row["bbox"]
+            shares = [x / width, y / height, (x + w) / width, (y + h) / height]
+            box = [round(min(max(share, 0.0), 1.0), 3) for share in shares]
+            pictures[row["image_id"]].boxes.append((names[row["category_id"]], box))
+
+    left_out["pictures without captions"] = sum(not picture.captions for picture in pictures.values())
+    return [picture for picture in pictures.values() if picture.captions], +left_out

@@ -1,0 +1,53 @@
+"""A language model on this machine that misbehaves as servers do."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Server(ThreadingHTTPServer):
+    """Answers /chat/completions; `moods` say how the next answers go wrong."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.moods, self.heard, self.headers, self.reply = [], [], [], lambda body: "A cat."
+        self.slept = threading.Event()  # ends the sleep of slow answers
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.heard.append(body)
+        server.headers.append(dict(self.headers))
+        mood = server.moods.pop(0) if server.moods else None
+        answer = {"choices": [{"message": {"content": server.reply(body)}, "finish_reason": "stop"}],
+                  "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
+        if mood == "reset":
+            self.connection.close()
+        elif mood == "cut":
+            text = json.dumps(answer).encode()
+            self.send(200, text[:20], length=len(text))
+        elif mood == "nonsense":
+            self.send(200, b"<html>")
+        elif mood == "slow":
+            server.slept.wait(5)
+        elif mood == "too long":
+            answer["choices"][0]["finish_reason"] = "length"
+            self.send(200, json.dumps(answer).encode())
+        elif isinstance(mood, tuple):
+            code, error = mood
+            self.send(code, json.dumps({"error": error}).encode(), {"Retry-After": "3"} if code == 429 else {})
+        else:
+            self.send(200, json.dumps(answer).encode())
+
+    def send(self, code, body, headers={}, length=None):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
