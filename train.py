@@ -23,12 +23,15 @@ from nanollava.llava import Llava
 from nanollava.pretrain import parts_table, train_parts
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy import write_world
-from nanollava.training import best_device, best_dtype, fit
+from nanollava.training import adamw, best_device, best_dtype, fit, muon
 
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 ASSETS = Path(__file__).resolve().parent / "assets"
-PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3), 2: dict(epochs=3, batch_size=32, lr=2e-5)}  # its appendix
+PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw"),
+         2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw")}  # its appendix
 PRESETS = {
-    "toy": {1: dict(epochs=1, batch_size=32, lr=3e-3), 2: dict(epochs=1, batch_size=16, lr=1e-3)},
+    "toy": {1: dict(epochs=1, batch_size=8, lr=4e-3, optimizer="adamw"),
+            2: dict(epochs=1, batch_size=16, lr=9e-4, optimizer="muon")},
     "7b": PAPER,
     "13b": PAPER,
 }
@@ -54,6 +57,7 @@ def parse_arguments():
     add("--epochs", type=positive(float), help="times through the data; may be a fraction")
     add("--batch-size", type=positive(int), help="conversations a step")
     add("--lr", type=positive(float), help="highest learning rate")
+    add("--optimizer", choices=OPTIMIZERS, help="adamw, the paper's, or muon (default: muon for the toy's stage 2)")
     add("--seed", type=int, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -104,7 +108,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
     device = best_device(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
     settings = PRESETS[arguments.preset][stage]
-    epochs, batch_size, lr = (getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size", "lr"))
+    epochs, batch_size, lr, optimizer = (getattr(arguments, key) or settings[key]
+                                         for key in ("epochs", "batch_size", "lr", "optimizer"))
 
     data, images = find_data(stage, arguments)
     if start:
@@ -123,10 +128,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
     steps = max(1, round(epochs * len(dataset) / batch_size))
 
     model.requires_grad_(False)
-    trained = [model.multi_modal_projector] + ([model.language_model] if stage == 2 else [])
-    for module in trained:
-        module.float().requires_grad_(True)  # what learns is kept in float32, whatever the arithmetic
-    optimizer = torch.optim.AdamW([p for module in trained for p in module.parameters()], lr, weight_decay=0.0)
+    trained = torch.nn.ModuleList([model.multi_modal_projector] + ([model.language_model] if stage == 2 else []))
+    trained.float().requires_grad_(True)  # what learns is kept in float32, whatever the arithmetic
 
     def loss_of(batch):
         tokens, labels, pixels = batch
@@ -136,7 +139,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
     out.mkdir(parents=True, exist_ok=True)
     workers = 0 if device == "cpu" else 8  # processes that open pictures; a CPU has better things to do
     batches = loader(dataset, batch_size, steps, arguments.seed, workers)
-    fit(f"stage {stage}", loss_of, batches, steps, [optimizer], out / "log.jsonl", lambda batch: batch[0].numel())
+    fit(f"stage {stage}", loss_of, batches, steps, OPTIMIZERS[optimizer](trained, lr), out / "log.jsonl",
+        lambda batch: batch[0].numel())
     model.config.stage = stage
     model.save_pretrained(out, [tokenizer.path])
 

@@ -34,7 +34,7 @@ from .image import preprocess
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .tokenizer import Tokenizer
-from .training import fit, with_muon
+from .training import fit, muon
 from .vision import Encoder, VisionConfig, VisionTower
 
 VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
@@ -207,7 +207,7 @@ def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps
         same /= same.sum(dim=1, keepdim=True)  # a scene that came twice has two right captions
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
-    fit("toy CLIP ", loss_of, batches(), steps, with_muon(clip, 0.01, 1.5e-3))
+    fit("toy CLIP ", loss_of, batches(), steps, muon(clip, 1.5e-3))
     clip.save(folder)
 
 
@@ -328,7 +328,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
         pictures = None if words is None else told(words, rng, forget=0.1, noise=0.3)
         return model(tokens, labels=labels, pictures=pictures)
 
-    fit("toy LLaMA", loss_of, batches(), steps, with_muon(model.language_model, 0.008, 1.2e-3))
+    fit("toy LLaMA", loss_of, batches(), steps, muon(model.language_model, 1.2e-3))
     tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
     checkpoint.write(folder, checkpoint.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
 

@@ -1,7 +1,7 @@
 """The training loop that all stages share: schedule, clipping, precision, log (section 4.2 and appendix C).
 
 AdamW without weight decay, 3 % linear warm-up, cosine to zero, gradient norm clipped to 1: the paper's
-numbers. Muon is there for stage 0, which trains its tiny networks from nothing.
+numbers. Muon is there for the toy world's tiny networks, which it teaches in fewer steps.
 """
 
 import json
@@ -80,13 +80,22 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def with_muon(modules, matrix_lr: float, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside transformer blocks and the patch convolution, AdamW for all the rest."""
+def adamw(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """The paper's optimizer."""
+    return [torch.optim.AdamW(module.parameters(), lr, weight_decay=0.0)]
+
+
+def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside transformer blocks and the patch convolution, AdamW, at `lr`, for all the rest.
+
+    One rate serves both: a step of Muon is about as long for every matrix, and 20/3 suits all networks here.
+    """
     matrices, rest = [], []
-    for name, parameter in modules.named_parameters():
+    for name, parameter in module.named_parameters():
         in_block = parameter.ndim == 2 and ".layers." in name
         (matrices if in_block or parameter.ndim == 4 else rest).append(parameter)
-    return [Muon(matrices, matrix_lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(matrices, lr * 20 / 3), *optimizers] if matrices else optimizers
 
 
 def fit(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanollava.files import InputError
-from nanollava.training import Muon, best_device, fit, learning_rate, orthogonal
+from nanollava.training import Muon, best_device, fit, learning_rate, muon, orthogonal
 
 
 def test_the_rate_rises_for_three_percent_and_falls_to_nothing():
@@ -40,6 +40,17 @@ def test_fit_follows_the_schedule(tmp_path):
     rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]
     torch.testing.assert_close(weight.item(), -sum(rates), rtol=1e-4, atol=0)  # the gradient is 1 throughout
+
+
+def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw(model):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_muon, by_adamw = ({names[id(p)] for p in optimizer.param_groups[0]["params"]} for optimizer in muon(model, 3e-3))
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in by_muon
+    assert "vision_tower.embeddings.patch_embedding.weight" in by_muon
+    assert {"language_model.model.embed_tokens.weight", "language_model.model.layers.0.input_layernorm.weight",
+            "language_model.lm_head.weight", "multi_modal_projector.linear_1.weight"} <= by_adamw
+    assert by_muon | by_adamw == set(names.values())
+    assert len(muon(model.multi_modal_projector, 3e-3)) == 1
 
 
 def test_a_gradient_is_clipped_to_norm_one():
