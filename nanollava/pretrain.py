@@ -57,7 +57,7 @@ def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     lines = [*teacher.BRIEF, *teacher.DETAILED] * 20
     for things in islice(toy.scenes(rng), scenes):
         lines += [toy.caption(things, rng.randrange(toy.STYLES)), toy.description(things)]
-        asked = toy.ask(things, rng, 4, toy.QUESTIONS | toy.REASONING)
+        asked = toy.ask(things, rng, 4, (*toy.QUESTIONS, *toy.REASONING))
         lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in asked]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -265,7 +265,7 @@ class Told:
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
 
 
-EASY = {kind: toy.QUESTIONS[kind] for kind in ("kind", "color", "size", "place")}
+EASY = ("kind", "color", "size", "place")
 
 
 def first_lesson(things, rng: random.Random) -> list[str]:
@@ -278,16 +278,14 @@ def first_lesson(things, rng: random.Random) -> list[str]:
 
 
 def lesson(things, rng: random.Random) -> list[str]:
-    """Questions and answers in turn: a few of all types, one more to count, for that is the slowest to learn, and at
-    times a caption, a description or some reasoning."""
-    asked = toy.ask(things, rng, 4) + toy.ask(things, rng, 1, {"count": toy.ask_count})
-    pairs = [[question, answer] for _, question, answer in asked]
+    """Questions and answers in turn: five of any type, at times a caption, a description or some reasoning."""
+    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 5)]
     if rng.random() < 0.2:
         pairs.append([rng.choice(teacher.BRIEF), toy.caption(things, rng.randrange(toy.STYLES))])
     if rng.random() < 0.1:
         pairs.append([rng.choice(teacher.DETAILED), toy.description(things)])
     if rng.random() < 0.3:
-        pairs += [[question, answer] for _, question, answer in toy.ask(things, rng, 1, toy.REASONING)]
+        pairs += [[question, answer] for _, question, answer in toy.ask(things, rng, 1, tuple(toy.REASONING))]
     rng.shuffle(pairs)
     return [text for pair in pairs for text in pair]
 
@@ -358,7 +356,7 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
     told, drawn = Told(model, tokenizer), toy.scenes(rng, held_out=True)
     rows, said = [], []
     for things in islice(drawn, count):
-        asked = [pair for kind in toy.QUESTIONS for pair in toy.ask(things, rng, 1, {kind: toy.QUESTIONS[kind]})]
+        asked = [pair for kind in toy.QUESTIONS for pair in toy.ask(things, rng, 1, (kind,))]
         scene = bags(things, toy.boxes(things, rng))
         turns = [teacher.conversation([question], picture_first=True) for _, question, _ in asked]
         turns = [tell(turn, things, rng) for turn in turns] if prose else turns

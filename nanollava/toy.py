@@ -348,12 +348,15 @@ def ask_more(things, rng):
 REASONING = {"farthest": ask_farthest, "left over": ask_left_over, "more": ask_more}
 
 
-def ask(things: tuple[Thing, ...], rng: random.Random, count: int, questions=QUESTIONS) -> list[tuple[str, str, str]]:
-    """Up to `count` different questions of random types about a scene: (type, question, answer)."""
+ASKED = (*QUESTIONS, "count", "count")  # how often each type is asked: counting is the slowest to learn
+
+
+def ask(things: tuple[Thing, ...], rng: random.Random, count: int, types=ASKED) -> list[tuple[str, str, str]]:
+    """Up to `count` different questions about a scene, their types drawn from `types`: (type, question, answer)."""
     asked = {}
     for _ in range(20 * count):
-        kind = rng.choice(tuple(questions))
-        pair = questions[kind](things, rng)
+        kind = rng.choice(types)
+        pair = (QUESTIONS | REASONING)[kind](things, rng)
         if pair and pair[0] not in asked:
             asked[pair[0]] = (kind, *pair)
         if len(asked) == count:
@@ -388,7 +391,7 @@ def toy_teacher(messages: list[dict]) -> str:
     if messages[0]["content"] == teacher.SYSTEM["detail"]:
         return description(things)
     if messages[0]["content"] == teacher.SYSTEM["reasoning"]:
-        asked = ask(things, rng, 3, REASONING)
+        asked = ask(things, rng, 3, tuple(REASONING))
     else:
         asked = ask(things, rng, 8)
     return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for _, question, answer in asked)
@@ -398,7 +401,7 @@ def toy_teacher(messages: list[dict]) -> str:
 # The world as files
 
 
-def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int = 500) -> None:
+def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int = 300) -> None:
     """Draw a world of `count` training and `tests` test pictures into a new folder, which appears whole.
 
     images/, annotations/captions.json and instances.json as COCO has them, and LLaVA JSON: pretrain.json (stage 1),
@@ -419,7 +422,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
             draw(things, placed, rng).save(beside / "images" / file)
             if number >= count:
                 for kind in QUESTIONS:
-                    for _, question, answer in ask(things, rng, 1, {kind: QUESTIONS[kind]}):
+                    for _, question, answer in ask(things, rng, 1, (kind,)):
                         test.append({"id": f"{number}-{kind}", "image": file, "type": kind,
                                      "conversations": teacher.conversation([question, answer], picture_first=True)})
                 continue
