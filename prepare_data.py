@@ -15,7 +15,7 @@ from pathlib import Path
 from nanollava import gpt, hub, teacher
 from nanollava.captions import write_pretrain
 from nanollava.coco import read_coco
-from nanollava.conversation import TEMPLATES, show, tokenize_conversation
+from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
 from nanollava.data import stats
 from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
@@ -47,14 +47,15 @@ def parse_arguments():
     add = command.add_argument
     add("--captions", type=Path, required=True, help="COCO's captions_*.json")
     add("--instances", type=Path, help="COCO's instances_*.json, for --kind detail and reasoning")
-    add("--kind", choices=teacher.KINDS, default="conversation", help="what to write (default: %(default)s)")
+    add("--kind", choices=INSTRUCTION_KINDS, default="conversation", help="what to write (default: %(default)s)")
     add("--out", type=Path, required=True, help="LLaVA JSON to write; FILE.ledger.jsonl beside it keeps every answer")
     add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
     add("--model", default="gpt-4", help="(default: %(default)s)")
     add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
     add("--limit", type=positive(int), help="only the first so many pictures")
-    add("--max-tokens", type=positive(int), default=float("inf"), help="buy no more, all runs on this FILE together")
+    add("--max-tokens", type=positive(int), default=float("inf"), help="of all runs on this FILE together; what is under way then still comes")
     add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars per million tokens, to show the cost")
+    add("--timeout", type=positive(float), default=600.0, help="seconds without a word from it (default: %(default)s)")
     add("--seed", type=int, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
     command.set_defaults(run=ask_teacher)
@@ -111,39 +112,47 @@ def price(text: str) -> tuple[float, float]:
 
 
 def ask_teacher(arguments) -> None:
-    out, kind = arguments.out, arguments.kind
+    out, kind, model = arguments.out, arguments.kind, arguments.model
     if kind != "conversation" and not arguments.instances:
         raise InputError(f"--kind {kind} is written from captions and boxes: name COCO's boxes with --instances")
     pictures, left_out = read_coco(arguments.captions, arguments.instances)
     for reason, count in left_out.items():
         say(f"{count} {reason}: left out")
+    if not pictures:
+        raise InputError(f"{arguments.captions} has no picture with a caption")
     pictures = pictures[: arguments.limit]
-    path = out.with_name(f"{out.name}.ledger.jsonl")
     if arguments.dry_run:
-        job = teacher.Job(kind, pictures, {}, arguments.model, arguments.seed)
+        job = teacher.Job(kind, pictures, {}, model, arguments.seed)
         for message in job.messages(pictures[0]):
             print(f"[{message['role']}]\n{message['content']}\n")
-        written = [len(text) for *_, replies in teacher.EXAMPLES for text in [replies[kind]]]
-        read = sum(len(message["content"]) for picture in pictures for message in job.messages(picture)) / 4
-        say(f"{len(pictures)} pictures, about {read / 1e3:.0f}K tokens to read and "
-            f"{len(pictures) * sum(written) / len(written) / 4e3:.0f}K to write (at 4 letters a token)")
+        read = sum(len(message["content"]) for picture in pictures for message in job.messages(picture)) // 4
+        written = len(pictures) * sum(len(replies[kind]) for *_, replies in teacher.EXAMPLES) // len(teacher.EXAMPLES) // 4
+        say(f"{len(pictures)} pictures, about {read} tokens to read and {written} to write, at 4 letters a token"
+            + (f": ${teacher.dollars(read, written, arguments.price):.2f}" if any(arguments.price) else ""))
         return
+    path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
     with gpt.Ledger(path) as ledger:
-        job = teacher.Job(kind, pictures, ledger, arguments.model, arguments.seed)
-        failed = {}
-        if job.open():
-            chat = gpt.Chat(arguments.model, arguments.base_url)
-            failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
-        rows = [row for row in map(job.row, pictures) if row]
-        write_json(out, rows)
-        rejected = sum(bool(answer["rejected"]) for answers in ledger.lines.values() for answer in answers)
-    print(out)
-    say(f"{len(rows)} of {len(pictures)} pictures; {rejected} replies were rejected; "
-        f"{ledger.prompt_tokens} tokens read and {ledger.completion_tokens} written in all")
+        others = {(answer.get("kind"), answer.get("model")) for answers in ledger.lines.values() for answer in answers}
+        if others - {(kind, model)}:
+            raise InputError(f"{path} holds answers of another --kind or --model "
+                             f"{sorted(map(str, others))}: choose another --out")
+        job, failed = teacher.Job(kind, pictures, ledger, model, arguments.seed), {}
+        try:
+            if job.open():
+                chat = gpt.Chat(model, arguments.base_url, timeout=arguments.timeout)
+                failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
+        finally:  # what was paid for is handed over, however it ended
+            rows = [row for row in map(job.row, pictures) if row]
+            if rows:
+                write_json(out, rows)
+                say(f"{len(rows)} of {len(pictures)} pictures; {job.rejected()} replies were rejected; "
+                    f"{ledger.prompt_tokens} tokens read and {ledger.completion_tokens} written in all")
     for problem, count in failed.items():
         say(f"{count} failed: {problem}")
+    if rows:
+        print(out)
 
 
 def expand_captions(arguments) -> None:

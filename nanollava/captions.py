@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import read_coco
+from .conversation import IMAGE
 from .files import InputError, read_json, whole_file
 from .progress import progress
 from .teacher import BRIEF, conversation
@@ -69,7 +70,7 @@ def balanced(captions: Iterable[str], seed: int, phrases_of: Callable[[str], Ite
     begins = np.concatenate([[0], counts.cumsum()])
     by_phrase = caption_ids[phrase_ids.argsort(kind="stable")]  # the captions of phrase 0, of phrase 1, ...
     chance, kept = np.random.default_rng(seed), set()
-    for phrase in counts.argsort(kind="stable"):
+    for phrase in counts.argsort(kind="stable"):  # from the rarest
         having = by_phrase[begins[phrase] : begins[phrase + 1]]
         if len(having) >= fewest:
             kept.update((having if len(having) <= most else chance.choice(having, most, replace=False)).tolist())
@@ -78,36 +79,42 @@ def balanced(captions: Iterable[str], seed: int, phrases_of: Callable[[str], Ite
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """(picture file, caption) of COCO's captions.json, of a JSON list or JSON lines of {"image": ..., "caption": ...},
-    or of lines with a tab between the two. Lines are read one at a time. Raises InputError, naming the row.
+    or of lines with a tab between the two. Lines are read one at a time, which suits millions; a .json is read whole.
+    Raises InputError, naming the row.
     """
-    if path.suffix != ".json":
-        try:
-            with open(path, encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, 1):
-                    if path.suffix == ".jsonl":
-                        yield pair(path, number, json.loads(line))
-                    else:
-                        yield pair(path, number, dict(zip(("image", "caption"), line.rstrip("\n").split("\t"))))
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
+    if path.suffix == ".json":
+        content = read_json(path)
+        if isinstance(content, dict):
+            for picture in read_coco(path)[0]:
+                yield from ((picture.file, caption) for caption in picture.captions)
+        elif isinstance(content, list):
+            for number, row in enumerate(content):
+                yield pair(f"{path}, row {number}", row)
+        else:
+            raise InputError(f"{path} is neither COCO's nor a list of pairs")
         return
-    content = read_json(path)
-    if isinstance(content, dict):
-        for picture in read_coco(path)[0]:
-            yield from ((picture.file, caption) for caption in picture.captions)
-    else:
-        for number, row in enumerate(content):
-            yield pair(path, number, row)
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    columns = line.rstrip("\n").split("\t")
+                    row = json.loads(line) if path.suffix == ".jsonl" else dict(zip(("image", "caption"), columns))
+                    yield pair(f"{path}, line {number}", row)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise InputError(f"{path}, line {number + isinstance(error, UnicodeDecodeError)}: {error}") from error
 
 
-def pair(path: Path, number: int, row) -> tuple[str, str]:
+def pair(where: str, row) -> tuple[str, str]:
     image, caption = (row.get(key) if isinstance(row, dict) else None for key in ("image", "caption"))
     if not (isinstance(image, str) and isinstance(caption, str) and image and caption.strip()):
-        raise InputError(f"{path}, row {number}: a row must have an 'image' and a 'caption'")
+        raise InputError(f"{where}: it must have an image and a caption")
+    if IMAGE in caption:
+        raise InputError(f"{where}: its caption contains {IMAGE}")
     return image, caption.strip()
 
 
@@ -120,6 +127,8 @@ def pretrain_row(number: int, image: str, caption: str, seed: int) -> dict:
 
 def write_pretrain(source: Path, out: Path, seed: int, balance: bool) -> tuple[int, int]:
     """Stage-1 data from a file of pairs, written as it is read; how many pairs were there, and how many kept."""
+    if out.resolve() == source.resolve():
+        raise InputError(f"{out} holds the captions: choose another --out")
     count, kept, written = sum(1 for _ in read_pairs(source)), None, 0
     if balance:
         counted = progress(read_pairs(source), "counting phrases", "captions", count)

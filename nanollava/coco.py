@@ -1,5 +1,6 @@
 """COCO's captions.json and instances.json (Lin et al., 2014), as the teacher needs them: words and shares of a side."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,10 @@ class Picture:
     boxes: list[tuple[str, list[float]]] = field(default_factory=list)  # (kind, [left, top, right, bottom], 0 to 1)
 
 
+TYPES = {"id": (int, str), "image_id": (int, str), "category_id": (int, str), "file_name": str, "caption": str,
+         "name": str, "bbox": list}
+
+
 def table(path: Path, content, name: str, keys: tuple[str, ...]) -> list[dict]:
     """The rows under a name of a COCO file, each with all `keys`. Raises InputError, naming the row, where not."""
     rows = content.get(name) if isinstance(content, dict) else None
@@ -24,7 +29,19 @@ def table(path: Path, content, name: str, keys: tuple[str, ...]) -> list[dict]:
         lacking = [key for key in keys if not isinstance(row, dict) or key not in row]
         if lacking:
             raise InputError(f"{path}, {name} row {number}: it has no '{lacking[0]}'")
+        for key in keys:
+            if not isinstance(row[key], TYPES[key]):
+                raise InputError(f"{path}, {name} row {number}: {key} {row[key]!r} cannot be right")
     return rows
+
+
+def shares(bbox, width: int, height: int) -> list[float]:
+    """COCO's box in pixels (left, top, width, height) to (left, top, right, bottom) from 0 to 1, three decimals."""
+    x, y, w, h = map(float, bbox)
+    box = [x / width, y / height, (x + w) / width, (y + h) / height]
+    if not all(map(math.isfinite, box)):
+        raise ValueError
+    return [round(min(max(share, 0.0), 1.0), 3) for share in box]
 
 
 def read_coco(captions: Path, instances: Path | None = None) -> tuple[list[Picture], Counter]:
@@ -44,24 +61,26 @@ def read_coco(captions: Path, instances: Path | None = None) -> tuple[list[Pictu
     def annotations(path, content, keys):
         seen = set()
         for number, row in enumerate(table(path, content, "annotations", ("image_id", *keys))):
-            if row.get("id", ("row", number)) in seen:
+            name = row.get("id") if isinstance(row.get("id"), (int, str)) else ("row", number)
+            if name in seen:
                 left_out["annotations with an id that came before"] += 1
             elif row["image_id"] not in pictures:
                 left_out["annotations of pictures that are not listed"] += 1
             else:
                 yield number, row
-            seen.add(row.get("id", ("row", number)))
+            seen.add(name)
 
     for _, row in annotations(captions, content, ("caption",)):
-        text = " ".join(str(row["caption"]).split())
+        text = " ".join(row["caption"].split())
         if text:
             pictures[row["image_id"]].captions.append(text)
 
     if instances:
         content = read_json(instances)
         names = {row["id"]: row["name"] for row in table(instances, content, "categories", ("id", "name"))}
-        for row in content.get("images", []):
-            sizes.setdefault(row.get("id"), (row.get("width"), row.get("height")))
+        for row in content.get("images") or []:
+            if isinstance(row, dict) and not all(sizes.get(row.get("id"), (1, 1))):
+                sizes[row["id"]] = row.get("width"), row.get("height")
         for number, row in annotations(instances, content, ("category_id", "bbox")):
             if row.get("iscrowd"):
                 left_out["crowds"] += 1
@@ -71,9 +90,11 @@ def read_coco(captions: Path, instances: Path | None = None) -> tuple[list[Pictu
             width, height = sizes[row["image_id"]]
             if not width or not height:
                 raise InputError(f"{captions}: image {row['image_id']} has boxes, but no width and height")
-            x, y, w, h = row["bbox"]
-            shares = [x / width, y / height, (x + w) / width, (y + h) / height]
-            box = [round(min(max(share, 0.0), 1.0), 3) for share in shares]
+            try:
+                box = shares(row["bbox"], width, height)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{instances}, annotations row {number}: bbox {row['bbox']} of a picture of {width} by "
+                                 f"{height} is not four numbers: left, top, width, height") from error
             pictures[row["image_id"]].boxes.append((names[row["category_id"]], box))
 
     left_out["pictures without captions"] = sum(not picture.captions for picture in pictures.values())

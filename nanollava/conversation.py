@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 IGNORE = -100  # the label of a token that is not learned: cross_entropy's own default
 IMAGE = "<image>"
+INSTRUCTION_KINDS = ("conversation", "detail", "reasoning")  # the three kinds of instruction data, section 3
 
 
 @dataclass(frozen=True)

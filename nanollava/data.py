@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from .conversation import IGNORE, IMAGE, check_turns, tokenize_conversation
+from .conversation import IGNORE, IMAGE, INSTRUCTION_KINDS, check_turns, tokenize_conversation
 from .files import InputError, read_json
 from .image import open_image, preprocess
 
@@ -41,7 +41,7 @@ def stats(path: Path) -> tuple[dict[str, float], list[str]]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path} is not a list of conversations")
-    counts, kinds, broken = Counter(rows=len(rows)), Counter(), []
+    counts, kinds, broken = Counter(), Counter(), []
     for number, row in enumerate(rows):
         try:
             turns, files = check_row(row)
@@ -49,12 +49,12 @@ def stats(path: Path) -> tuple[dict[str, float], list[str]]:
             broken.append(f"row {number}: {error}")
             continue
         answers = [turn["value"] for turn in turns[1::2]]
-        counts += Counter(pictures=len(files), questions=len(turns) - len(answers), answers=len(answers),
-                          words_of_answers=sum(len(text.split()) for text in answers), rows_without_picture=not files)
-        # our own rows say their kind behind the number of the picture; the public ones do not
-        kinds[str(row.get("id")).rpartition("-")[2] if "-" in str(row.get("id")) else "not said"] += 1
+        counts.update(pictures=len(files), questions=len(turns) - len(answers), answers=len(answers),
+                      rows_without_picture=not files, words_of_answers=sum(len(text.split()) for text in answers))
+        kind = str(row.get("id")).rpartition("-")[2]  # our own rows say it; the public ones do not
+        kinds[kind if kind in INSTRUCTION_KINDS else "not said"] += 1
     shares = {f"kind: {kind}, percent": 100 * count / kinds.total() for kind, count in kinds.most_common()}
-    return {**counts, "broken rows": len(broken), **shares}, broken
+    return {"rows": len(rows), **counts, "broken rows": len(broken), **shares}, broken
 
 
 class Conversations(torch.utils.data.Dataset):

@@ -7,19 +7,17 @@ stands in no file and no message.
 
 import json
 import os
-import random
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from time import time
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from .files import InputError
+from .files import InputError, say
+from .web import Bearer, pause, secret
 
 try:
     import fcntl
@@ -28,7 +26,7 @@ except ImportError:  # Windows: two runs on one ledger are not kept apart
 
 OPENAI = "https://api.openai.com/v1"
 ATTEMPTS = 8  # of one request that the network or the server fails
-LONGEST_WAIT = 120.0  # seconds between two of them
+FIRST_ATTEMPTS = 3  # where no server was ever reached
 
 
 class RequestError(ValueError):
@@ -47,37 +45,50 @@ class Chat:
     """chat(messages) -> Answer. Safe to call from several threads; `stop` ends all waiting.
 
     Raises InputError, with the server's own words, where no request can succeed (a wrong key, an unknown model, no
-    credit), and RequestError where this one cannot.
+    credit), and RequestError where this one cannot. timeout: seconds without a word from the server.
     """
 
     def __init__(self, model: str, base_url: str = OPENAI, temperature: float = 1.0, longest: int = 2048,
-                 timeout: float = 120.0):
-        self.model, self.temperature, self.longest, self.timeout = model, temperature, longest, timeout
-        self.key, self.stop = os.environ.get("OPENAI_API_KEY", ""), threading.Event()
-        address = urlsplit(base_url)
-        if address.scheme not in ("http", "https") or not address.netloc:
-            raise InputError(f"--base-url {base_url} is no address of a server: it begins with http:// or https://")
+                 timeout: float = 600.0):
+        self.model, self.timeout, self.stop, self.reached = model, timeout, threading.Event(), False
+        self.options = {"temperature": temperature, "max_tokens": longest}
+        self.key = secret("OPENAI_API_KEY")
         if base_url == OPENAI and not self.key:
             raise InputError("there is no key: set OPENAI_API_KEY, or name a server that needs none with --base-url")
+        try:
+            address = urlsplit(base_url)
+            host = address.hostname or ""
+        except ValueError:
+            address, host = None, ""
+        if not host or address.scheme not in ("http", "https"):
+            raise InputError(f"--base-url {base_url} is no address of a server: it begins with http:// or https://")
         path = address.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.url = urlunsplit(address._replace(path=path))  # Azure has ?api-version= behind the path
-        self.headers = {"Authorization": f"Bearer {self.key}", "api-key": self.key} if self.key else {}
+        self.shown = f"{address.scheme}://{host}{path}"
+        self.hidden = [text for text in (self.key, address.query, address.password) if text and len(text) >= 8]
+        self.auth = Bearer(self.key, "api-key", "") if host.endswith(".azure.com") else Bearer(self.key)
 
     def __call__(self, messages: list[dict]) -> Answer:
-        body = {"model": self.model, "messages": messages, "temperature": self.temperature, "max_tokens": self.longest}
-        problem, asked = "", None
+        problem, headers = "", None
         for attempt in range(ATTEMPTS):
-            if attempt > 0 and self.stop.wait(pause(attempt, asked)):
+            if attempt > 0 and self.stop.wait(pause(attempt, headers)):
                 raise RequestError("stopped")
-            asked = None
+            headers = None
             try:
-                reply = requests.post(self.url, json=body, headers=self.headers, timeout=self.timeout)
-                asked = reply.headers
-                if reply.ok:
-                    return read(reply.json())
+                reply = requests.post(self.url, json={"model": self.model, "messages": messages, **self.options},
+                                      auth=self.auth, timeout=self.timeout, allow_redirects=False)
+                self.reached, headers = True, reply.headers
+                if reply.ok and not reply.is_redirect:
+                    return read(reply.json(), messages)
                 problem = self.judge(reply)
-            except (requests.RequestException, KeyError, IndexError, TypeError) as error:  # also: not JSON, cut off
+            except requests.RequestException as error:
                 problem = self.clean(f"{type(error).__name__}: {error}")
+                wrong = isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)
+                nobody = "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error)
+                if wrong or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
+                    raise InputError(f"cannot reach {self.shown}: {problem}") from None
+            except (KeyError, IndexError, TypeError, AttributeError) as error:  # JSON, but no answer
+                problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")
         raise RequestError(f"{problem} ({ATTEMPTS} attempts)")
 
     def judge(self, reply: requests.Response) -> str:
@@ -87,40 +98,35 @@ class Chat:
             code, text = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
         except (ValueError, KeyError, TypeError):
             code, text = None, reply.text[:200]
-        problem = self.clean(f"{reply.status_code} {text}")
-        if code == "insufficient_quota" or reply.status_code in (401, 402, 403, 404):
-            raise InputError(f"{self.url}: {problem}")
-        if code in ("context_length_exceeded", "content_filter", "content_policy_violation"):
+        problem, status = self.clean(f"{reply.status_code} {text}"), reply.status_code
+        if reply.is_redirect:
+            raise InputError(f"{self.shown} sends us to another address; if that is right, name it with --base-url")
+        if code == "insufficient_quota" or status in (401, 402, 403, 404):
+            raise InputError(f"{self.shown}: {problem}")
+        if status == 400 and "max_completion_tokens" in problem and "max_tokens" in self.options:  # newer models of OpenAI
+            self.options = {**self.options, "max_completion_tokens": self.options["max_tokens"]}
+            del self.options["max_tokens"]
+        elif status == 400 and "temperature" in problem and "temperature" in self.options:  # these want none
+            self.options = {key: value for key, value in self.options.items() if key != "temperature"}
+        elif status < 500 and status not in (408, 409, 425, 429):
             raise RequestError(problem)
-        if reply.status_code < 500 and reply.status_code not in (408, 409, 425, 429):
-            raise InputError(f"{self.url}: {problem}")
         return problem
 
     def clean(self, text: str) -> str:
-        """One line, without the key."""
-        text = " ".join(text.split())
-        return text.replace(self.key, "[key]") if self.key else text
+        """One line, without the key or what else an address may hide."""
+        for hidden in self.hidden:
+            text = text.replace(hidden, "[hidden]")
+        return " ".join(text.split())
 
 
-def read(body: dict) -> Answer:
+def read(body: dict, messages: list[dict]) -> Answer:
+    """The answer in a reply; where it does not say what it took, a token is counted for every four letters."""
     choice, usage = body["choices"][0], body.get("usage") or {}
-    return Answer(choice["message"]["content"] or "", usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0),
-                  choice.get("finish_reason") in ("stop", None))
-
-
-def pause(attempt: int, asked) -> float:
-    """Seconds to wait: what the server asks for, or twice as long each time; a random share more, lest all workers come
-    back at once."""
-    seconds = min(2.0 ** (attempt - 1), LONGEST_WAIT)
-    wanted = (asked or {}).get("Retry-After", "")
-    try:
-        seconds = float(wanted)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(wanted).timestamp() - time()
-        except (ValueError, TypeError):
-            pass
-    return min(max(seconds, 0.0), LONGEST_WAIT) * random.uniform(1.0, 1.5)
+    text = choice["message"]["content"] or ""
+    text = text.encode("utf-8", "replace").decode()  # half a character is "?"
+    asked = sum(len(message["content"]) for message in messages)
+    return Answer(text, int(usage.get("prompt_tokens") or asked // 4), int(usage.get("completion_tokens") or len(text) // 4),
+                  choice.get("finish_reason") not in ("length", "content_filter"))
 
 
 class Ledger:
@@ -139,7 +145,7 @@ class Ledger:
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"{self.path} is in use by another run: wait for it, or choose another --out") from error
         self.file.seek(0)
         whole = 0
@@ -155,21 +161,27 @@ class Ledger:
         return self
 
     def __exit__(self, *error) -> None:
+        if not self.lines:
+            self.path.unlink(missing_ok=True)
         self.file.close()
 
     def add(self, key: str, answer: Answer, **more) -> None:
-        """Returns when the answer is safe on the disk."""
+        """Returns when the answer is safe on the disk; also after the ledger was closed, for one that was under way."""
         row = {"key": key, **asdict(answer), **more}
         with self.lock:
-            self.file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
             self.remember(row)
 
     def remember(self, row: dict) -> None:
-        self.lines.setdefault(row["key"], []).append(row)
+        text, whole = row["text"], row["whole"]
+        if not isinstance(text, str) or not isinstance(whole, bool):
+            raise TypeError
         self.prompt_tokens += row["prompt_tokens"]
         self.completion_tokens += row["completion_tokens"]
+        self.lines.setdefault(row["key"], []).append(row)
 
     def __getitem__(self, key: str) -> list[dict]:
         """All answers to a key, oldest first; none: []."""
@@ -195,4 +207,7 @@ def in_parallel(work: Callable, items: Iterable, workers: int, stop: threading.E
                 yield from (future.result() for future in done)
         except BaseException:
             stop.set()  # nobody waits any longer to ask again
+            under_way = sum(future.running() for future in pending)
+            if under_way:
+                say(f"\nwaiting for {under_way} answers that are under way, for they may be paid for")
             raise

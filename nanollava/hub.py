@@ -21,10 +21,11 @@ import torch
 from .checkpoint import write_tensors
 from .files import InputError
 from .progress import Progress
+from .web import Bearer, pause, secret
 
 HUB = "https://huggingface.co"
 BLOCK = 1 << 16  # bytes; so much of what came last is lost where a connection breaks
-WAITS = (1, 2, 4, 8, 16, 32)  # seconds between attempts; so many may fail in a row
+ATTEMPTS = 6  # that may fail in a row
 
 
 def get(url: str, start: int = 0) -> requests.Response:
@@ -32,51 +33,48 @@ def get(url: str, start: int = 0) -> requests.Response:
 
     Raises InputError for what asking again would not change, requests.RequestException for what it may.
     """
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"} if start else {"Accept-Encoding": "identity"}
-    if os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
-    answer = requests.get(url, headers=headers, stream=True, timeout=30)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    answer = requests.get(url, headers=headers, auth=Bearer(secret("HF_TOKEN")), stream=True, timeout=30)
     if answer.status_code in (401, 403):
         raise InputError(f"{url}: the hub refuses ({answer.status_code}): there is no such repository, or it is private "
                          "or asks for consent: give that on its page and set HF_TOKEN")
-    if 400 <= answer.status_code < 500 and answer.status_code not in (408, 416, 429):
+    if answer.status_code in (400, 404, 410):
         raise InputError(f"{url}: the hub has no such thing ({answer.status_code})")
-    if answer.status_code != 416:  # nothing is left beyond `start`
-        answer.raise_for_status()
+    answer.raise_for_status()
     return answer
 
 
-def patiently(attempt, progressed=lambda: False):
-    """attempt(), again after a while as long as the network fails; a failure after some progress does not count."""
-    failures = 0
+def patiently(attempt, come=lambda: 0):
+    """attempt(), again after a while as long as the network fails. Where come(), the bytes that have come, is more than
+    ever before, failures are counted from one again."""
+    failures, most = 0, come()
     while True:
         try:
             return attempt()
         except requests.RequestException as error:
-            failures = 1 if progressed() else failures + 1
-            if failures > len(WAITS):
+            failures = 1 if come() > most else failures + 1
+            most = max(most, come())
+            wrong = isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)  # no address at all
+            if wrong or failures > ATTEMPTS:
                 raise InputError(f"{error} (the same command goes on where it stopped)") from error
-            answer = error.response
-            asked = answer.headers.get("Retry-After", "") if answer is not None else ""
-            time.sleep(min(int(asked), 300) if asked.isdigit() else WAITS[failures - 1])
+            time.sleep(pause(failures, getattr(error.response, "headers", None)))
 
 
 def needed(names: list[str]) -> list[str]:
     """Of a repository's files those that make a model folder. Raises InputError where there are no weights."""
-    weights = [name for name in names if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
-    weights = weights or [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+    kinds = (r"model\.safetensors", r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
+             r"pytorch_model(-\d+-of-\d+)?\.bin")
+    weights = next(filter(None, ([name for name in names if re.fullmatch(kind, name)] for kind in kinds)), [])
     if "config.json" not in names or not weights:
         raise InputError("the repository is no model folder: it lacks config.json, or weights as *.safetensors or *.bin")
     return [name for name in ("config.json", "tokenizer.model") if name in names] + weights
 
 
 def download(url: str, path: Path, size: int, sha256: str | None, report) -> None:
-    """One file, from where an earlier attempt stopped. report(bytes that have come) is called now and then.
+    """One file, from where an earlier attempt stopped. report() is called as bytes come.
 
     Raises InputError if its size or its SHA-256 is wrong even after a second download.
     """
-    before = size_of(path)
-
     def attempt():
         start = size_of(path)
         if start >= size:
@@ -86,17 +84,13 @@ def download(url: str, path: Path, size: int, sha256: str | None, report) -> Non
                 file.truncate(0)
             for block in answer.iter_content(BLOCK):
                 file.write(block)
-                report(file.tell())
+                report()
+            os.fsync(file.fileno())
         if size_of(path) < size:
             raise requests.ConnectionError(f"{url} broke off after {size_of(path)} of {size} bytes")
 
-    def progressed():
-        nonlocal before
-        before, last = size_of(path), before
-        return before > last
-
     for _ in range(2):
-        patiently(attempt, progressed)
+        patiently(attempt, lambda: size_of(path))
         if size_of(path) == size and sha256 in (None, sha256_of(path)):
             return
         path.unlink()  # perhaps a broken piece of an earlier attempt
@@ -117,14 +111,21 @@ def sha256_of(path: Path) -> str:
 
 def fetch(repository: str, out: Path, revision: str = "main") -> None:
     """The model folder of a repository ("lmsys/vicuna-7b-v1.5") at a branch, tag or commit, to `out`."""
+    out = out.resolve()
     if out.exists():
         raise InputError(f"{out} is there already; remove it or choose another --out")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise InputError(f"{repository} is no repository: say OWNER/NAME, as in lmsys/vicuna-7b-v1.5")
     hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    listing = patiently(lambda: get(f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true").json())
-    files, commit = {row["rfilename"]: row for row in listing["siblings"]}, listing["sha"]
-    names = needed(list(files))
+    address = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    listing = patiently(lambda: get(address).json())
+    try:
+        files, commit = {row["rfilename"]: row for row in listing["siblings"]}, str(listing["sha"])
+        names = needed(list(files))
+        sizes = {name: int(files[name]["size"]) for name in names}
+        digests = {name: (files[name].get("lfs") or {}).get("sha256") for name in names}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{address}: this is not what a hub answers ({type(error).__name__}: {error})") from error
 
     # what has come so far waits beside `out`, under the commit's name: another revision would not mix with it
     waiting = out.with_name(f".{out.name}.{commit[:12]}.part")
@@ -132,20 +133,20 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
     for folder in (whole, pickles):
         folder.mkdir(parents=True, exist_ok=True)
     place = {name: (pickles if name.endswith(".bin") else whole) / name for name in names}
-    missing = sum(files[name]["size"] * (1 + name.endswith(".bin")) - size_of(place[name]) for name in names)
+    for stray in {*whole.iterdir()} - {*place.values()}:  # of a conversion that was killed
+        stray.unlink()
+    missing = sum(sizes[name] * (1 + name.endswith(".bin")) - size_of(place[name]) for name in names)
     free = shutil.disk_usage(waiting).free
     if missing > free:
         raise InputError(f"{out}: {missing / 1e9:.1f} GB are to come, but the disk has {free / 1e9:.1f} GB left")
 
-    total, come = sum(files[name]["size"] for name in names), sum(map(size_of, place.values()))
-    done = 0
-    with Progress(repository, total // 10**6, "MB", come // 10**6) as progress:
+    def come() -> int:
+        return sum(map(size_of, place.values())) // 10**6
+
+    with Progress(repository, sum(sizes.values()) // 10**6, "MB", come()) as progress:
         for name in names:
-            download(f"{hub}/{repository}/resolve/{commit}/{name}", place[name], files[name]["size"],
-                     (files[name].get("lfs") or {}).get("sha256"),
-                     lambda now: progress.update((done + now) // 10**6))
-            done += files[name]["size"]
-            progress.update(done // 10**6)
+            download(f"{hub}/{repository}/resolve/{commit}/{name}", place[name], sizes[name], digests[name],
+                     lambda: progress.update(come()))
     if any(pickles.iterdir()):
         unpickle(sorted(pickles.iterdir()), whole)
     whole.rename(out)
@@ -157,9 +158,15 @@ def unpickle(paths: list[Path], folder: Path) -> None:
     tensors = {}
     for path in paths:
         try:
-            tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+                part = torch.load(path, map_location="cpu", weights_only=True)
+            if not all(isinstance(tensor, torch.Tensor) for tensor in part.values()):
+                raise ValueError("not all of it is tensors")
         except Exception as error:  # torch.load raises whatever its parts raise
             raise InputError(f"{path} holds more than weights, or is broken: {str(error).splitlines()[0]}") from error
+        tensors |= part
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
     write_tensors(folder, {name: tensor if owners[tensor.untyped_storage().data_ptr()] == name else tensor.clone()
                            for name, tensor in tensors.items()})  # safetensors refuses two names for one memory

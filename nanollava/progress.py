@@ -3,6 +3,8 @@
 import sys
 import time
 
+CLEAR = "\r\033[K"  # back to the beginning of the line, and wipe it
+
 
 def clock(seconds: float) -> str:
     """75 -> "1:15"."""
@@ -19,28 +21,29 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str, begun: int = 0):
         self.label, self.total, self.unit, self.begun = label, total, unit, begun
         self.start = self.shown = time.monotonic()
-        self.line = ""
+        self.last = None  # (done, note)
 
     def __enter__(self):
         return self
 
     def update(self, done: int, note: str = "") -> None:
-        now = time.monotonic()
-        elapsed = max(now - self.start, 1e-9)
-        rate = (done - self.begun) / elapsed
-        left = clock((self.total - done) / max(rate, 1e-9)) if rate or done == self.total else "?"
-        self.line = (f"{self.label}  {done}/{self.total} {self.unit}  {note + '  ' if note else ''}"
-                     f"{rate:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left")
+        """Say how far it is; cheap enough to be called for every single thing."""
+        self.last, now = (done, note), time.monotonic()
         if now - self.shown >= (0.1 if sys.stderr.isatty() else 10):
             self.shown = now
-            self.show("\r\033[K" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
+            self.show(end="" if sys.stderr.isatty() else "\n")
 
-    def show(self, before: str, after: str) -> None:
-        print(before + self.line, end=after, file=sys.stderr, flush=True)
+    def show(self, end: str) -> None:
+        (done, note), elapsed = self.last, max(time.monotonic() - self.start, 1e-9)
+        rate = (done - self.begun) / elapsed
+        left = clock((self.total - done) / rate) if rate > 0 else "?"
+        print(f"{CLEAR if sys.stderr.isatty() else ''}{self.label}  {done}/{self.total} {self.unit}  "
+              f"{note + '  ' if note else ''}{rate:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left",
+              end=end, file=sys.stderr, flush=True)
 
     def __exit__(self, *error) -> None:
-        if self.line:
-            self.show("\r\033[K" if sys.stderr.isatty() else "", "\n")
+        if self.last:
+            self.show(end="\n")
 
 
 def progress(items, label: str, unit: str, total: int | None = None):

@@ -10,15 +10,16 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
+from itertools import takewhile
 
 from .coco import Picture
 from .conversation import IMAGE
 from .files import InputError
 from .gpt import Chat, Ledger, RequestError, in_parallel
 from .progress import Progress
-
-KINDS = ("conversation", "detail", "reasoning")  # the three kinds of instruction data, section 3
 
 BRIEF = (  # asks for a caption: the questions of stage 1
     "Describe the picture briefly.",
@@ -194,20 +195,27 @@ def messages(kind: str, captions: list[str], boxes: list[tuple[str, list[float]]
     return [*asked, {"role": "user", "content": context(kind, captions, boxes)}]
 
 
-_FORBIDDEN = re.compile(r"\b(captions?|coordinates?|(bounding )?box(es)?)\b", re.IGNORECASE)
+# what an answer must not speak of, unless the captions do: there are cardboard boxes in pictures
+_FORBIDDEN = re.compile(r"\b(caption|coordinate|bounding box|box)(?:e?s)?\b", re.IGNORECASE)
+_NUMBERS = re.compile(r"\[\s*[01]?\.\d+\s*,")  # a box, copied
+_REFUSAL = re.compile(r"(i'm|i am) (very )?sorry|i (can't|cannot|can not|am unable)|as an ai\b|sorry,", re.IGNORECASE)
 
 
 def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -> list[dict]:
     """A reply to the turns of a LLaVA conversation, the picture before or after the first question by chance.
 
-    Raises ValueError, saying why, for a reply that must be asked for again. An answer must not speak of captions,
-    coordinates or boxes, unless the captions do: there are cardboard boxes in pictures.
+    Raises ValueError, saying why, for a reply that must be asked for again.
     """
+    reply = reply.strip()
+    if _REFUSAL.match(reply.replace("\u2019", "'")):
+        raise ValueError("it refuses")
     if kind == "detail":
-        texts = [rng.choice(DETAILED), reply.strip()]
+        if re.search(r"^={3,}|^\W*(question|answer)\W*:", reply, re.IGNORECASE | re.MULTILINE):
+            raise ValueError("it is no description, but questions and answers")
+        texts = [rng.choice(DETAILED), reply]
     else:
         texts = []
-        blocks = re.split(r"^\s*={3,}\s*$", reply.strip().strip("=").strip(), flags=re.MULTILINE)
+        blocks = re.split(r"^\s*={3,}\s*$", reply.strip("=").strip(), flags=re.MULTILINE)
         for number, block in enumerate(blocks):
             label = ("Question", "Answer")[number % 2]
             found = re.match(rf"\**{label}\**:\**", block.strip(), re.IGNORECASE)  # some models set it in bold
@@ -220,11 +228,13 @@ def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -
         raise ValueError("a question or an answer is empty")
     if any(IMAGE in text for text in texts):
         raise ValueError(f"it contains {IMAGE}")
-    known = " ".join(captions).lower()
+    known = {word.lower() for word in _FORBIDDEN.findall(" ".join(captions))}
     for answer in texts[1::2]:
-        for found in _FORBIDDEN.finditer(answer):
-            if found.group().lower() not in known:
-                raise ValueError(f"an answer speaks of {found.group().lower()}")
+        strange = [word for word in _FORBIDDEN.findall(answer) if word.lower() not in known]
+        if strange:
+            raise ValueError(f"an answer speaks of a {strange[0].lower()}")
+        if _NUMBERS.search(answer):
+            raise ValueError("an answer gives numbers of a box")
     return conversation(texts, rng.random() < 0.5)
 
 
@@ -267,6 +277,11 @@ class Job:
                 return row(self.kind, picture, answer["text"], self.seed)
         return None
 
+    def rejected(self) -> int:
+        """How many answers in the ledger had to be asked for again."""
+        return sum(self.problem(picture, answer) is not None
+                   for picture in self.pictures for answer in self.ledger[self.key(picture)])
+
     def problem(self, picture: Picture, answer: dict) -> str | None:
         """Why an answer must be asked for again, or None."""
         try:
@@ -280,10 +295,12 @@ class Job:
         return [picture for picture in self.pictures
                 if self.row(picture) is None and len(self.ledger[self.key(picture)]) < TRIES]
 
-    def ask(self, picture: Picture, chat: Chat) -> str | None:
+    def ask(self, picture: Picture, chat: Chat, may_buy: Callable[[], bool]) -> str | None:
         """Buy answers for a picture until one is good; None, or why there is none."""
         key, problem = self.key(picture), "no try is left"
         while len(self.ledger[key]) < TRIES:
+            if not may_buy():
+                return "stopped, or the budget is spent"
             try:
                 answer = chat(self.messages(picture))
             except RequestError as error:
@@ -295,21 +312,21 @@ class Job:
         return problem
 
     def run(self, chat: Chat, workers: int = 4, max_tokens: float = float("inf"), price=(0.0, 0.0)) -> Counter:
-        """Ask for what is missing, until the ledger holds `max_tokens`; how many pictures failed, by reason.
+        """Ask for what is missing, until the ledger holds `max_tokens` (the answers then under way still come); how
+        many pictures failed, by reason.
 
         price: dollars for a million tokens read and written, for the progress line alone. Raises InputError where
         nothing succeeds any more.
         """
         missing, failed, in_a_row = self.open(), Counter(), 0
 
-        def affordable():
-            for picture in missing:
-                if self.ledger.prompt_tokens + self.ledger.completion_tokens >= max_tokens:
-                    return
-                yield picture
+        def may_buy() -> bool:
+            spent = self.ledger.prompt_tokens + self.ledger.completion_tokens
+            return spent < max_tokens and not chat.stop.is_set()
 
-        with Progress(f"teacher: {self.kind}", len(missing), "pictures") as progress:
-            answers = in_parallel(lambda picture: self.ask(picture, chat), affordable(), workers, chat.stop)
+        answers = in_parallel(lambda picture: self.ask(picture, chat, may_buy), takewhile(lambda _: may_buy(), missing),
+                              workers, chat.stop)
+        with Progress(f"teacher: {self.kind}", len(missing), "pictures") as progress, closing(answers):
             for done, problem in enumerate(answers, 1):
                 in_a_row = in_a_row + 1 if problem else 0
                 if problem:
@@ -317,6 +334,12 @@ class Job:
                 if in_a_row >= 10 + workers:
                     raise InputError(f"{in_a_row} pictures in a row failed, the last for this: {problem}")
                 read, written = self.ledger.prompt_tokens, self.ledger.completion_tokens
-                cost = (read * price[0] + written * price[1]) / 1e6
-                progress.update(done, f"{(read + written) / 1000:.0f}K tokens" + (f"  ${cost:.2f}" if cost else ""))
+                cost = dollars(read, written, price)
+                progress.update(done, f"{(read + written) / 1000:.0f}K tokens" + (f"  ${cost:.2f}" if cost else "")
+                                + (f"  {sum(failed.values())} failed" if failed else ""))
         return failed
+
+
+def dollars(read: int, written: int, price: tuple[float, float]) -> float:
+    """What tokens cost, at prices for a million read and a million written."""
+    return (read * price[0] + written * price[1]) / 1e6

@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw
 
 from . import teacher
 from .captions import pretrain_row
-from .coco import Picture
+from .coco import Picture, shares
+from .conversation import INSTRUCTION_KINDS
 from .files import InputError, write_json
 from .progress import progress
 
@@ -435,13 +436,12 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 instances.append({"id": len(instances), "image_id": number, "category_id": category,
                                   "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
             pretrain.append(pretrain_row(number, file, rng.choice(sentences), seed))
-            shares = [(t.kind, [x / PICTURE_SIZE, y / PICTURE_SIZE, (x + w) / PICTURE_SIZE, (y + h) / PICTURE_SIZE])
-                      for t, (x, y, w, h) in zip(things, placed)]
-            seen = Picture(str(number), file, sentences, shares)
+            seen = Picture(str(number), file, sentences, [(thing.kind, shares(box, PICTURE_SIZE, PICTURE_SIZE))
+                                                          for thing, box in zip(things, placed)])
             # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
             # conversations are long and the two others short
-            for kind, share in zip(teacher.KINDS, (1.0, 0.15, 0.25)):
-                if rng.random() < share:
+            for kind, often in zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25)):
+                if rng.random() < often:
                     reply = toy_teacher(teacher.messages(kind, seen.captions, seen.boxes))
                     instruct.append(teacher.row(kind, seen, reply, seed))
         categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(KINDS)]

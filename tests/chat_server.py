@@ -36,8 +36,9 @@ class Handler(BaseHTTPRequestHandler):
             answer["choices"][0]["finish_reason"] = "length"
             self.send(200, json.dumps(answer).encode())
         elif isinstance(mood, tuple):
-            code, error = mood
-            self.send(code, json.dumps({"error": error}).encode(), {"Retry-After": "3"} if code == 429 else {})
+            code, content = mood
+            headers = {429: {"Retry-After": "3"}, 302: {"Location": "http://127.0.0.1:9/elsewhere"}}.get(code, {})
+            self.send(code, json.dumps(content if code == 200 else {"error": content}).encode(), headers)
         else:
             self.send(200, json.dumps(answer).encode())
 

@@ -57,8 +57,9 @@ def test_pairs_are_read_in_every_common_form(tmp_path, name, text):
 
 
 @pytest.mark.parametrize("name, text, complaint", [
-    ("a.json", '[{"image": "a.jpg"}]', "row 0: a row must have"), ("a.jsonl", "{", "line 1: "),
-    ("a.tsv", "a.jpg\tA cat.\nb.jpg\n", "row 2: a row must have"),
+    ("a.json", '[{"image": "a.jpg"}]', "row 0: it must have"), ("a.jsonl", "{", "line 1: "),
+    ("a.tsv", "a.jpg\tA cat.\n\nb.jpg\n", "line 3: it must have"), ("a.json", "3", "neither COCO's nor a list"),
+    ("a.tsv", "a.jpg\tAn <image>.\n", "line 1: its caption contains <image>"),
 ])
 def test_a_broken_pair_is_named(tmp_path, name, text, complaint):
     (tmp_path / name).write_text(text)
@@ -77,6 +78,12 @@ def test_each_pair_becomes_a_brief_question_and_its_caption(tmp_path):
         assert answer["value"] == f"A cat on a w{number} mat."
     assert len({row["conversations"][0]["value"].startswith("<image>") for row in rows}) == 2
     assert write_pretrain(tmp_path / "pairs.tsv", tmp_path / "out.json", seed=0, balance=True) == (40, 40)  # "cat"
+
+
+def test_the_captions_are_not_written_over(tmp_path):
+    (tmp_path / "pairs.json").write_text('[{"image": "a.jpg", "caption": "A cat."}]')
+    with pytest.raises(InputError, match="holds the captions"):
+        write_pretrain(tmp_path / "pairs.json", tmp_path / "pairs.json", seed=0, balance=False)
 
 
 def test_nothing_is_written_where_nothing_is_left(tmp_path):

@@ -52,7 +52,17 @@ def test_what_is_left_out_is_counted(files, captions, instances, why):
     assert left_out == {why: 1}
 
 
+def test_sizes_may_stand_in_either_file(files):
+    paths = files({"images": [{"id": 7, "file_name": "7.jpg"}, {"id": 5, "file_name": "5.jpg"}]},
+                  {"images": [{"id": 7, "width": 200, "height": 100}]})
+    assert read_coco(*paths)[0][0].boxes == [("cat", [0.1, 0.1, 0.603, 1.0])]
+
+
 @pytest.mark.parametrize("captions, instances, complaint", [
+    ({}, {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]}, "bbox .1, 2. .* is not four numbers"),
+    ({}, {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [1, 2, float("nan"), 3]}]}, "is not four numbers"),
+    ({}, {"annotations": [{"image_id": 7, "category_id": 1, "bbox": None}]}, "row 0: bbox None cannot be right"),
+    ({"annotations": [{"image_id": 7, "caption": None}]}, {}, "row 0: caption None cannot be right"),
     ({"images": None}, {}, "captions.json is no COCO file: it has no list of images"),
     ({"annotations": [{"image_id": 7}]}, {}, "captions.json, annotations row 0: it has no 'caption'"),
     ({}, {"categories": []}, "instances.json, annotations row 0: no category 1"),

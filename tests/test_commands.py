@@ -297,6 +297,24 @@ def test_instruct_writes_llava_json_and_buys_nothing_twice(command, coco, teache
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("out*"))
 
 
+def test_what_was_bought_is_handed_over_however_the_job_ends(command, coco, teacher_server, server, tmp_path):
+    server.moods = [None] * 6 + [(429, {"message": "no credit", "code": "insufficient_quota"})]
+    code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
+                             "--workers", 1)
+    assert code == 2 and "no credit" in error and "6 of 40 pictures" in error
+    assert len(read_json(tmp_path / "out.json")) == 6
+
+
+def test_one_file_holds_one_kind(command, coco, teacher_server, tmp_path):
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json", "--limit", 3)
+    assert command(*arguments)[0] == 0
+    before = (tmp_path / "out.json").read_bytes()
+    for other in (["--kind", "reasoning"], ["--model", "other"]):
+        code, _, error = command(*arguments, *other)
+        assert code == 2 and "another --kind or --model" in error
+    assert (tmp_path / "out.json").read_bytes() == before
+
+
 def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp_path, command):
     """A process of its own, killed like by a power cut after some answers; the next run buys the rest, once."""
     arguments = ["instruct", *map(str, (*coco, *teacher_server)), "--out", str(tmp_path / "out.json"), "--workers", "3"]
@@ -333,7 +351,7 @@ def test_a_dry_run_needs_no_key_and_prints_what_would_be_asked(command, coco, mo
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]), (["--captions", "none.json"], ["none.json"]),
+    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]), (["--base-url", "localhost"], ["--base-url"]), (["--captions", "none.json"], ["none.json"]),
 ])
 def test_a_mistake_in_instruct_is_one_line(command, coco, tmp_path, arguments, words):
     code, out, error = command("prepare_data", "instruct", *coco[:2], "--out", tmp_path / "out.json", *arguments)

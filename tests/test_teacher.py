@@ -5,13 +5,14 @@ import pytest
 
 from nanollava import teacher
 from nanollava.coco import Picture
+from nanollava.conversation import INSTRUCTION_KINDS
 from nanollava.files import InputError
 from nanollava.gpt import Answer, Ledger, RequestError
 
 
 def test_conversations_are_made_from_captions_alone_the_others_from_boxes_too():
     boxes = [("cat", [0.0, 0.25, 0.5, 1.0])]
-    said = {kind: teacher.messages(kind, ["A cat."], boxes)[-1]["content"] for kind in teacher.KINDS}
+    said = {kind: teacher.messages(kind, ["A cat."], boxes)[-1]["content"] for kind in INSTRUCTION_KINDS}
     assert said["conversation"] == "A cat."
     assert said["detail"] == said["reasoning"] == "A cat.\n\ncat: [0.000, 0.250, 0.500, 1.000]"
 
@@ -41,9 +42,11 @@ def test_a_description_gets_a_question_of_the_list():
     ("Question:\nWhat?\n===\nAnswer:\nA cat.\n===\nQuestion:\nWhere?", "no answer"),
     ("Question:\nWhat?\n===\nAnswer:\n", "empty"),
     ("What?\n===\nA cat.", "does not begin with"),
-    ("Question:\nWhat?\n===\nAnswer:\nThe caption says a cat.", "speaks of caption"),
-    ("Question:\nWhat?\n===\nAnswer:\nThe bounding box is left.", "speaks of bounding box"),
-    ("Question:\nWhat?\n===\nAnswer:\nIts box is left.", "speaks of box"),
+    ("Question:\nWhat?\n===\nAnswer:\nThe caption says a cat.", "speaks of a caption"),
+    ("Question:\nWhat?\n===\nAnswer:\nThe bounding box is left.", "speaks of a bounding box"),
+    ("Question:\nWhat?\n===\nAnswer:\nIts box is left.", "speaks of a box"),
+    ("I\u2019m sorry, but I can't help with that.", "refuses"),
+    ("Question:\nWhere?\n===\nAnswer:\nAt [0.280, 0.335, 0.742, 0.711].", "numbers of a box"),
     ("Question:\nWhat is <image>?\n===\nAnswer:\nA cat.", "contains <image>"),
 ])
 def test_a_reply_that_must_be_asked_for_again(reply, why):
@@ -51,9 +54,17 @@ def test_a_reply_that_must_be_asked_for_again(reply, why):
         teacher.parse("conversation", reply, random.Random(0))
 
 
+def test_a_description_is_no_conversation():
+    with pytest.raises(ValueError, match="no description"):
+        teacher.parse("detail", "Question:\nWhat?\n===\nAnswer:\nA cat.", random.Random(0))
+
+
 def test_a_box_that_people_saw_may_be_spoken_of():
     reply = "Question:\nWhere is the cat?\n===\nAnswer:\nIn a box."
-    assert teacher.parse("conversation", reply, random.Random(0), ["A cat in a cardboard box."])[1]["value"] == "In a box."
+    for caption in ("A cat in a cardboard box.", "A cat among boxes."):
+        assert teacher.parse("conversation", reply, random.Random(0), [caption])[1]["value"] == "In a box."
+    with pytest.raises(ValueError, match="speaks of a box"):
+        teacher.parse("conversation", reply, random.Random(0), ["A boxing match."])
 
 
 def test_labels_in_bold_are_labels():
@@ -64,7 +75,7 @@ def test_labels_in_bold_are_labels():
 def test_the_examples_are_what_is_asked_for():
     assert len(teacher.EXAMPLES) >= 2 and len(teacher.BRIEF) >= 11 and len(teacher.DETAILED) >= 16
     for captions, _, replies in teacher.EXAMPLES:
-        for kind in teacher.KINDS:
+        for kind in INSTRUCTION_KINDS:
             teacher.parse(kind, replies[kind], random.Random(0), captions)
     roles = [message["role"] for message in teacher.messages("detail", ["A cat."], [])]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
@@ -82,11 +93,11 @@ class Scripted:
     """In the place of a client: says to each picture what `says` makes of its captions, and counts."""
 
     def __init__(self, says=lambda text: GOOD):
-        self.says, self.asked, self.stop = says, [], threading.Event()
+        self.says, self.asked, self.stop, self.whole = says, [], threading.Event(), True
 
     def __call__(self, messages):
         self.asked.append(messages[-1]["content"])
-        return Answer(self.says(messages[-1]["content"]), 10, 2, whole=True)
+        return Answer(self.says(messages[-1]["content"]), 10, 2, whole=self.whole)
 
 
 def job(ledger, pictures=PICTURES, **changes):
@@ -143,6 +154,38 @@ def test_a_failed_request_costs_no_try(tmp_path):
         assert not job(ledger, PICTURES[:2]).run(Scripted()) and job(ledger).row(PICTURES[1])
 
 
+def test_an_answer_that_was_cut_off_is_asked_again(tmp_path):
+    chat = Scripted()
+    chat.whole = False
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert job(ledger, PICTURES[:1]).run(chat) == {"it was cut off": 1} and len(chat.asked) == teacher.TRIES
+
+
+def test_what_was_paid_for_when_the_job_ended_is_kept(tmp_path):
+    """The eleventh failure ends the job while another worker waits for its answer."""
+    ended = threading.Event()
+
+    def says(text):
+        if text == "A cat number 0.":
+            ended.wait(10)
+            return GOOD
+        raise RequestError("no")
+
+    with Ledger(tmp_path / "ledger") as ledger:
+        one, chat = job(ledger), Scripted(says)
+        chat.stop.set, stop = lambda: (stop(), ended.set()), chat.stop.set
+        with pytest.raises(InputError, match="in a row"):
+            one.run(chat, workers=2)
+        assert one.row(PICTURES[0])
+
+
+def test_the_seed_draws_the_order(tmp_path):
+    with Ledger(tmp_path / "ledger") as ledger:
+        job(ledger).run(Scripted())
+        first, second = ([job(ledger, seed=seed).row(picture) for picture in PICTURES] for seed in (0, 1))
+        assert first != second
+
+
 def test_a_teacher_that_talks_nonsense_is_stopped(tmp_path):
     chat = Scripted(lambda _: "What?")
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(InputError, match="in a row failed.*does not begin with"):
@@ -153,7 +196,7 @@ def test_a_teacher_that_talks_nonsense_is_stopped(tmp_path):
 def test_a_budget_is_kept_over_all_runs(tmp_path):
     for _ in range(3):
         with Ledger(tmp_path / "ledger") as ledger:
-            job(ledger).run(Scripted(), workers=1, max_tokens=60)  # 12 tokens each
+            job(ledger).run(Scripted(lambda _: "What?"), workers=1, max_tokens=60)  # 12 tokens each
             assert ledger.prompt_tokens + ledger.completion_tokens == 60
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nanollava import teacher, toy
+from nanollava.conversation import INSTRUCTION_KINDS
 from nanollava.files import InputError, read_json
 from nanollava.image import open_image
 from nanollava.toy import Thing
@@ -34,7 +35,7 @@ def test_the_toy_teacher_sees_only_text_and_its_replies_parse():
     rng = random.Random(3)
     for things in islice(toy.scenes(rng), 100):
         captions = [toy.caption(things, style) for style in range(toy.STYLES)]
-        for kind in teacher.KINDS:
+        for kind in INSTRUCTION_KINDS:
             turns = teacher.parse(kind, toy.toy_teacher(teacher.messages(kind, captions, [])), rng)
             assert turns[0]["value"].count("<image>") == 1 and len(turns) % 2 == 0
 
