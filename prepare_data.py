@@ -53,8 +53,9 @@ def parse_arguments():
     add("--model", default="gpt-4", help="(default: %(default)s)")
     add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
     add("--limit", type=positive(int), help="only the first so many pictures")
-    add("--max-tokens", type=positive(int), default=float("inf"), help="of all runs on this FILE together; what is under way then still comes")
-    add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars per million tokens, to show the cost")
+    add("--max-tokens", type=positive(int), default=float("inf"),
+        help="of all runs on this FILE together; what is under way then still comes")
+    add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars for a million tokens")
     add("--timeout", type=positive(float), default=600.0, help="seconds without a word from it (default: %(default)s)")
     add("--seed", type=int, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
@@ -126,7 +127,8 @@ def ask_teacher(arguments) -> None:
         for message in job.messages(pictures[0]):
             print(f"[{message['role']}]\n{message['content']}\n")
         read = sum(len(message["content"]) for picture in pictures for message in job.messages(picture)) // 4
-        written = len(pictures) * sum(len(replies[kind]) for *_, replies in teacher.EXAMPLES) // len(teacher.EXAMPLES) // 4
+        example = sum(len(replies[kind]) for *_, replies in teacher.EXAMPLES) / len(teacher.EXAMPLES)
+        written = int(len(pictures) * example / 4)
         say(f"{len(pictures)} pictures, about {read} tokens to read and {written} to write, at 4 letters a token"
             + (f": ${teacher.dollars(read, written, arguments.price):.2f}" if any(arguments.price) else ""))
         return

@@ -93,8 +93,8 @@ def read_coco(captions: Path, instances: Path | None = None) -> tuple[list[Pictu
             try:
                 box = shares(row["bbox"], width, height)
             except (TypeError, ValueError) as error:
-                raise InputError(f"{instances}, annotations row {number}: bbox {row['bbox']} of a picture of {width} by "
-                                 f"{height} is not four numbers: left, top, width, height") from error
+                raise InputError(f"{instances}, annotations row {number}: bbox {row['bbox']} is not four numbers, or "
+                                 f"{width} by {height} is no size of a picture") from error
             pictures[row["image_id"]].boxes.append((names[row["category_id"]], box))
 
     left_out["pictures without captions"] = sum(not picture.captions for picture in pictures.values())

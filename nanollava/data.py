@@ -17,7 +17,7 @@ from .image import open_image, preprocess
 
 
 def check_row(row) -> tuple[list[dict], list[str]]:
-    """The turns and the picture files of a row. Raises ValueError, saying what is wrong, where nothing can be learned."""
+    """The turns and the picture files of a row. Raises ValueError, saying what is wrong, if nothing can be learned."""
     if not isinstance(row, dict) or "conversations" not in row:
         raise ValueError("it has no 'conversations'")
     turns, files = row["conversations"], row.get("image", [])

@@ -103,10 +103,11 @@ class Chat:
             raise InputError(f"{self.shown} sends us to another address; if that is right, name it with --base-url")
         if code == "insufficient_quota" or status in (401, 402, 403, 404):
             raise InputError(f"{self.shown}: {problem}")
-        if status == 400 and "max_completion_tokens" in problem and "max_tokens" in self.options:  # newer models of OpenAI
+        # newer models of OpenAI want another name for the one, and nothing of the other
+        if status == 400 and "max_completion_tokens" in problem and "max_tokens" in self.options:
             self.options = {**self.options, "max_completion_tokens": self.options["max_tokens"]}
             del self.options["max_tokens"]
-        elif status == 400 and "temperature" in problem and "temperature" in self.options:  # these want none
+        elif status == 400 and "temperature" in problem and "temperature" in self.options:
             self.options = {key: value for key, value in self.options.items() if key != "temperature"}
         elif status < 500 and status not in (408, 409, 425, 429):
             raise RequestError(problem)
@@ -125,7 +126,8 @@ def read(body: dict, messages: list[dict]) -> Answer:
     text = choice["message"]["content"] or ""
     text = text.encode("utf-8", "replace").decode()  # half a character is "?"
     asked = sum(len(message["content"]) for message in messages)
-    return Answer(text, int(usage.get("prompt_tokens") or asked // 4), int(usage.get("completion_tokens") or len(text) // 4),
+    return Answer(text, int(usage.get("prompt_tokens") or asked // 4),
+                  int(usage.get("completion_tokens") or len(text) // 4),
                   choice.get("finish_reason") not in ("length", "content_filter"))
 
 

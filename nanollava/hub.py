@@ -36,8 +36,8 @@ def get(url: str, start: int = 0) -> requests.Response:
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     answer = requests.get(url, headers=headers, auth=Bearer(secret("HF_TOKEN")), stream=True, timeout=30)
     if answer.status_code in (401, 403):
-        raise InputError(f"{url}: the hub refuses ({answer.status_code}): there is no such repository, or it is private "
-                         "or asks for consent: give that on its page and set HF_TOKEN")
+        raise InputError(f"{url}: the hub refuses ({answer.status_code}): there is no such repository, or it is "
+                         "private or asks for consent: give that on its page and set HF_TOKEN")
     if answer.status_code in (400, 404, 410):
         raise InputError(f"{url}: the hub has no such thing ({answer.status_code})")
     answer.raise_for_status()
@@ -54,7 +54,7 @@ def patiently(attempt, come=lambda: 0):
         except requests.RequestException as error:
             failures = 1 if come() > most else failures + 1
             most = max(most, come())
-            wrong = isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)  # no address at all
+            wrong = isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)  # no address
             if wrong or failures > ATTEMPTS:
                 raise InputError(f"{error} (the same command goes on where it stopped)") from error
             time.sleep(pause(failures, getattr(error.response, "headers", None)))
@@ -66,7 +66,7 @@ def needed(names: list[str]) -> list[str]:
              r"pytorch_model(-\d+-of-\d+)?\.bin")
     weights = next(filter(None, ([name for name in names if re.fullmatch(kind, name)] for kind in kinds)), [])
     if "config.json" not in names or not weights:
-        raise InputError("the repository is no model folder: it lacks config.json, or weights as *.safetensors or *.bin")
+        raise InputError("the repository is no model folder: it lacks config.json, or *.safetensors and *.bin")
     return [name for name in ("config.json", "tokenizer.model") if name in names] + weights
 
 

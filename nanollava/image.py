@@ -26,11 +26,11 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming the file, if it is none or is a strip."""
+    """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming it, for others and strips."""
     try:
         with Image.open(path) as picture:
             if max(picture.size) > 100 * min(picture.size):  # scaled up by its short side, it would fill the memory
-                raise ValueError(f"it is {picture.width} by {picture.height} pixels, more than 100 times as long as wide")
+                raise ValueError(f"{picture.width} by {picture.height} pixels, more than 100 times as long as wide")
             return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError as error:
         raise InputError(f"no picture at {path}") from error

@@ -15,7 +15,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """`with Progress("stage 1", 200, "steps") as progress: progress.update(done, "loss 1.23")`.
 
-    `begun`: how much was done before, by a run that was stopped. On a terminal the line rewrites itself ten times a second; elsewhere a line comes every ten seconds.
+    `begun`: how much was done before, by a run that was stopped. On a terminal the line rewrites itself ten times a
+    second; elsewhere a line comes every ten seconds.
     """
 
     def __init__(self, label: str, total: int, unit: str, begun: int = 0):

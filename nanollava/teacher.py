@@ -127,20 +127,28 @@ What color is the bus?
 ===
 Answer:
 The bus next to them is yellow.""",
-      "detail": """On a rainy day, a woman and a child wait on their bicycles at a crossing. The woman, on the left, is the larger of the two; the child sits on a smaller bicycle to the right of her, so close that their wheels almost touch. Both wear helmets.
+      "detail": """On a rainy day, a woman and a child wait on their bicycles at a crossing. The woman, on the \
+left, is the larger of the two; the child sits on a smaller bicycle to the right of her, so close that their \
+wheels almost touch. Both wear helmets.
 
-A yellow bus takes up much of the right side of the picture and stands beside them, taller than the riders. High up in the left corner hangs a traffic light, which shows red. The street is wet.""",
+A yellow bus takes up much of the right side of the picture and stands beside them, taller than the riders. High\
+ up in the left corner hangs a traffic light, which shows red. The street is wet.""",
       "reasoning": """Question:
 What should the two cyclists pay attention to when the light turns green?
 ===
 Answer:
-A bus stands right beside them, and from its seat the driver may overlook a child on a small bicycle. They should make sure that the driver has seen them, or let the bus go first. Besides, the street is wet from the rain: brakes take longer to grip and wheels slip more easily, so it is wise to start slowly and not to turn sharply.
+A bus stands right beside them, and from its seat the driver may overlook a child on a small bicycle. They \
+should make sure that the driver has seen them, or let the bus go first. Besides, the street is wet from the \
+rain: brakes take longer to grip and wheels slip more easily, so it is wise to start slowly and not to turn \
+sharply.
 ===
 Question:
 How does the woman look after the child's safety?
 ===
 Answer:
-Both of them wear helmets, so she has seen to it that the child is protected in a fall. She has also stopped at the red light, close by the child's side, which sets an example and lets her help at once if something happens."""}),
+Both of them wear helmets, so she has seen to it that the child is protected in a fall. She has also stopped at \
+the red light, close by the child's side, which sets an example and lets her help at once if something \
+happens."""}),
     (["A gray cat lies asleep on an open laptop.",
       "A cat on a desk between a laptop and a cup.",
       "There is a cat sleeping on the keyboard of a computer, and a white mug stands beside it.",
@@ -171,23 +179,30 @@ What stands beside the cat?
 ===
 Answer:
 A white mug stands beside it.""",
-      "detail": """A gray cat sleeps in the middle of a desk, stretched out on the keyboard of an open laptop whose screen rises behind it. To the right of the computer, within easy reach, stands a white mug. On the left edge of the desk two books lie one on top of the other. The cat covers most of the keyboard, so that nobody could type.""",
+      "detail": """A gray cat sleeps in the middle of a desk, stretched out on the keyboard of an open laptop \
+whose screen rises behind it. To the right of the computer, within easy reach, stands a white mug. On the left \
+edge of the desk two books lie one on top of the other. The cat covers most of the keyboard, so that nobody \
+could type.""",
       "reasoning": """Question:
 Why might the cat have chosen this place to sleep?
 ===
 Answer:
-A laptop that is switched on gives off warmth, and cats like to lie where it is warm. The laptop is open, so it may well have been in use a moment ago, and the mug beside it suggests that somebody works at this desk. The place is also close to that person, which many cats enjoy.
+A laptop that is switched on gives off warmth, and cats like to lie where it is warm. The laptop is open, so it \
+may well have been in use a moment ago, and the mug beside it suggests that somebody works at this desk. The \
+place is also close to that person, which many cats enjoy.
 ===
 Question:
 What would the owner of the laptop have to do before going on with work?
 ===
 Answer:
-The cat lies on the keyboard, so the owner would first have to move it, gently, for it is asleep. Then it would be wise to check what the weight of the cat has typed, and to keep the mug out of the way, for a cat that jumps up could tip it over the computer."""}),
+The cat lies on the keyboard, so the owner would first have to move it, gently, for it is asleep. Then it would \
+be wise to check what the weight of the cat has typed, and to keep the mug out of the way, for a cat that jumps \
+up could tip it over the computer."""}),
 )
 
 
 def messages(kind: str, captions: list[str], boxes: list[tuple[str, list[float]]]) -> list[dict]:
-    """The messages of one request, for the chat interface of a language model: what to do, two examples, the picture."""
+    """The messages of one request, for the chat interface of a language model: a task, two examples, the picture."""
     asked = [{"role": "system", "content": SYSTEM[kind]}]
     for example_captions, example_boxes, replies in EXAMPLES:
         asked += [{"role": "user", "content": context(kind, example_captions, example_boxes)},

@@ -14,11 +14,13 @@ def files(tmp_path):
         captions = {
             "images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100},
                        {"id": 5, "file_name": "5.jpg", "width": 100, "height": 100}],
-            "annotations": [{"id": 1, "image_id": 5, "caption": "A dog. "}, {"id": 2, "image_id": 7, "caption": "A\ncat."},
+            "annotations": [{"id": 1, "image_id": 5, "caption": "A dog. "},
+                            {"id": 2, "image_id": 7, "caption": "A\ncat."},
                             {"id": 3, "image_id": 7, "caption": "A cat sleeps."}], **captions}
         instances = {
             "images": [], "categories": [{"id": 1, "name": "cat"}],
-            "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [20.0, 10.0, 100.5, 95.0], "iscrowd": 0}],
+            "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [20.0, 10.0, 100.5, 95.0],
+                             "iscrowd": 0}],
             **instances}
         paths = tmp_path / "captions.json", tmp_path / "instances.json"
         for path, content in zip(paths, (captions, instances)):

@@ -89,7 +89,7 @@ def test_bfloat16_trains_float32_masters(command, parts, world, tmp_path):
     assert not trained.equal(trained.bfloat16().float())
 
 
-def test_llava_1_5_its_projector_its_last_layer_and_its_plain_captions_come_back_as_said(command, parts, world, tmp_path):
+def test_projector_layer_and_template_are_kept_and_plain_is_for_captions_alone(command, parts, world, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     command("train", "--stage", 1, *parts, "--data", world, "--out", one, "--template", "plain",
             "--projector", "mlp2x_gelu", "--feature-layer", -1)
@@ -282,7 +282,8 @@ def teacher_server(server):
 
 
 def test_instruct_writes_llava_json_and_buys_nothing_twice(command, coco, teacher_server, server, tmp_path):
-    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json", "--kind", "reasoning")
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
+                 "--kind", "reasoning")
     code, out, error = command(*arguments, "--limit", 30)
     assert (code, out) == (0, f"{tmp_path / 'out.json'}\n") and "30 of 30 pictures" in error
     asked = server.heard[-1]["messages"][-1]["content"]
@@ -351,7 +352,8 @@ def test_a_dry_run_needs_no_key_and_prints_what_would_be_asked(command, coco, mo
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]), (["--base-url", "localhost"], ["--base-url"]), (["--captions", "none.json"], ["none.json"]),
+    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]),
+    (["--base-url", "localhost"], ["--base-url"]), (["--captions", "none.json"], ["none.json"]),
 ])
 def test_a_mistake_in_instruct_is_one_line(command, coco, tmp_path, arguments, words):
     code, out, error = command("prepare_data", "instruct", *coco[:2], "--out", tmp_path / "out.json", *arguments)

@@ -71,7 +71,7 @@ def test_what_concerns_one_request_alone_does_not_stop_the_others(chat, server, 
 
 
 def test_models_that_want_other_options_get_them(chat, server):
-    server.moods = [(400, {"message": "use 'max_completion_tokens' instead"}), (400, {"message": "temperature is fixed"})]
+    server.moods = [(400, {"message": f"{text}, please"}) for text in ("max_completion_tokens", "no temperature")]
     chat(ASK)
     assert [set(body) - {"model", "messages"} for body in server.heard] == [
         {"temperature", "max_tokens"}, {"temperature", "max_completion_tokens"}, {"max_completion_tokens"}]
@@ -95,7 +95,8 @@ def test_a_reply_without_an_answer_is_asked_again(chat, server, odd):
 
 
 def test_what_a_reply_does_not_say_is_guessed(chat, server):
-    server.moods = [(200, {"choices": [{"message": {"content": "A cat \ud83d sits."}}], "usage": {"prompt_tokens": None}})]
+    choices = [{"message": {"content": "A cat \ud83d sits."}}]
+    server.moods = [(200, {"choices": choices, "usage": {"prompt_tokens": None}})]
     assert chat(ASK) == Answer("A cat ? sits.", len("What is there?") // 4, len("A cat ? sits.") // 4, whole=True)
 
 

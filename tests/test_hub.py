@@ -34,7 +34,8 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(mood, int):
             return self.answer(mood, b"", {"Retry-After": "7"} if mood == 429 else {})
         if self.path.startswith("/api/models/someone/model/revision/main"):
-            siblings = [{"rfilename": name, "size": len(content), "lfs": {"sha256": hashlib.sha256(content).hexdigest()}}
+            siblings = [{"rfilename": name, "size": len(content),
+                         "lfs": {"sha256": hashlib.sha256(content).hexdigest()}}
                         for name, content in self.server.files.items()]
             listing = getattr(self.server, "listing", json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
             return self.answer(200, listing)
@@ -119,7 +120,7 @@ def test_a_broken_connection_goes_on_where_it_stopped(server, tmp_path, waits):
     hub.fetch("someone/model", tmp_path / "model")
     starts = [start for name, start in server.asked if name == "model.safetensors"]
     assert starts == [0, hub.BLOCK, 2 * hub.BLOCK]  # of 200,190 bytes, half of what was left came each time
-    assert len(waits) == 2 and all(1 < wait <= 1.5 for wait in waits)  # as after a first failure: each brought something
+    assert len(waits) == 2 and all(1 < wait <= 1.5 for wait in waits)  # each as after a first failure
     assert load_file(tmp_path / "model" / "model.safetensors")["a"].equal(WEIGHTS["a"])
 
 

@@ -50,14 +50,17 @@ def test_the_answers_are_true():
         "What color is the cat at the top right?": "The cat at the top right is blue.",
         "What color is the fish?": "The fish is red."}
     assert pairs(toy.ask_size) == {
-        "Is the red cat big or small?": "The red cat is big.", "Is the blue cat big or small?": "The blue cat is small.",
+        "Is the red cat big or small?": "The red cat is big.",
+        "Is the blue cat big or small?": "The blue cat is small.",
         "Is the fish big or small?": "The fish is small."}
     assert pairs(toy.ask_place) == {
         "Where is the red cat?": "The red cat is at the top left.",
-        "Where is the blue cat?": "The blue cat is at the top right.", "Where is the fish?": "The fish is at the bottom."}
+        "Where is the blue cat?": "The blue cat is at the top right.",
+        "Where is the fish?": "The fish is at the bottom."}
+    places = {"the red cat": "at the top left", "the blue cat": "at the top right", "the fish": "at the bottom"}
     assert pairs(toy.ask_relation) == {
-        f"Is {one} {side} {other}?": f"{one.capitalize()} is {places[one]} and {other} is {places[other]}, so {verdict}."
-        for places in [{"the red cat": "at the top left", "the blue cat": "at the top right", "the fish": "at the bottom"}]
+        f"Is {one} {side} {other}?":
+            f"{one.capitalize()} is {places[one]} and {other} is {places[other]}, so {verdict}."
         for one, side, other, verdict in [
             ("the red cat", "left or right of", "the blue cat", "left"),
             ("the blue cat", "left or right of", "the red cat", "right"),
