@@ -1,5 +1,6 @@
 import random
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -89,3 +90,9 @@ def test_stage_0_makes_both_parts_and_leaves_alone_what_is_there(tmp_path, monke
     columns = pretrain.parts_table(tmp_path, "cpu", scenes=2)
     assert set(columns["LLaMA told in bags"]) == set(toy.QUESTIONS) | {"all"}
     assert 0 <= columns["CLIP, of 32"]["all"] <= 100
+
+
+def test_the_shipped_halves_know_their_world():
+    columns = pretrain.parts_table(Path(__file__).parent.parent / "assets", "cpu", scenes=40)
+    assert columns["CLIP, of 32"]["all"] >= 90
+    assert columns["LLaMA told in bags"]["all"] >= 90 and columns["LLaMA told in prose"]["all"] >= 90
