@@ -5,6 +5,7 @@ controls: the same questions about the wrong picture (what can be guessed from t
 model after stage 1 only (what the projector brings before the language model has learned to use it).
 """
 
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -89,17 +90,21 @@ def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = No
 def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2, questions: int = 3) -> Image.Image:
     """The first pictures of rows of test.json, and under each what the model said: blue if right, red if wrong."""
     side, margin, line = 192, 24, 17
-    font, height = ImageFont.load_default(13), side + (2 * questions + 1) * line + margin
+    font, height = ImageFont.load_default(13), side + (3 * questions + 1) * line + margin
     sheet = Image.new("RGB", (across * (side + margin + 40) + margin, down * height + margin), "white")
     write = ImageDraw.Draw(sheet)
     for number, file in enumerate(sorted({row["image"] for row in rows})[: across * down]):
         x, y = margin + number % across * (side + margin + 40), margin + number // across * height
         sheet.paste(open_image(images / file).resize((side, side), Image.Resampling.NEAREST), (x, y))
         asked = [(row["conversations"], reply) for row, reply in zip(rows, said) if row["image"] == file]
-        for place, (turns, reply) in enumerate(asked[number % 2 :: 2][:questions]):  # not the same types everywhere
-            top = y + side + 6 + 2 * place * line
+        top = y + side + 6
+        for turns, reply in asked[number % 2 :: 2][:questions]:  # not the same types everywhere
+            color = "#1050c0" if same(reply, turns[1]["value"]) else "#d01010"
             write.text((x, top), turns[0]["value"].replace(IMAGE, "").strip(), "black", font)
-            write.text((x, top + line - 2), reply, "#1050c0" if same(reply, turns[1]["value"]) else "#d01010", font)
+            for said_line in textwrap.wrap(reply, 38)[:3]:
+                top += line - 2
+                write.text((x, top), said_line, color, font)
+            top += line + 2
     return sheet
 
 
