@@ -31,7 +31,7 @@ PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw"),
          2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw")}  # its appendix
 PRESETS = {
     "toy": {1: dict(epochs=1, batch_size=8, lr=4e-3, optimizer="adamw"),
-            2: dict(epochs=1, batch_size=16, lr=9e-4, optimizer="muon")},
+            2: dict(epochs=1.3, batch_size=16, lr=9e-4, optimizer="muon")},
     "7b": PAPER,
     "13b": PAPER,
 }
