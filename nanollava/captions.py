@@ -25,9 +25,9 @@ a about above across after against all along also although am among an and anoth
 because been before behind being below beneath beside between beyond both but by can carrying coming could did do does
 doing down during each eating every few flying for from full get gets getting go goes going got had has have having he
 her here hers him his holding how i if in inside into is it its itself just kept laying leading left like lies looking
-looks lot lots lying made make making many may me might more most much must my near next no nor not of off on onto or
+looks lot lots made make making many may me might more most much must my near next no nor not of off on onto or
 other our out outside over people's playing put reading ready riding right running seen several shall she should showing
-shown shows sits sitting sits sleeping so some standing stands stood such taken taking talking than that the their them
+shown shows sits sitting sleeping so some standing stands stood such taken taking talking than that the their them
 then there these they this those through to together too toward towards under until up upon us used using various very
 waiting walking was watching we wearing well were what when where which while who whose why will with within without
 working would you your

@@ -79,11 +79,12 @@ def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = No
     rows = rows[:limit]
     wrong = [{**row, "image": other[row["image"]]} for row in rows]
     said = {}
-    for name, stage, asked in (("after stage 2", "stage2", rows), ("wrong picture", "stage2", wrong),
-                               ("after stage 1", "stage1", rows)):
+    for stage, columns in (("stage2", {"after stage 2": rows, "wrong picture": wrong}),
+                           ("stage1", {"after stage 1": rows})):
         if stage == "stage2" or (run / stage).is_dir():
             model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
-            said[name] = answer_all(model, tokenizer, asked, data / "images", label=name)
+            for name, asked in columns.items():
+                said[name] = answer_all(model, tokenizer, asked, data / "images", label=name)
     return {name: accuracy(rows, texts) for name, texts in said.items()}, rows, said["after stage 2"]
 
 

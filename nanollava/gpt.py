@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 
 from .files import InputError, say
-from .web import Bearer, pause, secret
+from .web import Bearer, is_no_address, pause, secret
 
 try:
     import fcntl
@@ -48,10 +48,9 @@ class Chat:
     credit), and RequestError where this one cannot. timeout: seconds without a word from the server.
     """
 
-    def __init__(self, model: str, base_url: str = OPENAI, temperature: float = 1.0, longest: int = 2048,
-                 timeout: float = 600.0):
+    def __init__(self, model: str, base_url: str = OPENAI, timeout: float = 600.0):
         self.model, self.timeout, self.stop, self.reached = model, timeout, threading.Event(), False
-        self.options = {"temperature": temperature, "max_tokens": longest}
+        self.options = {"temperature": 1.0, "max_tokens": 2048}
         self.key = secret("OPENAI_API_KEY")
         if base_url == OPENAI and not self.key:
             raise InputError("there is no key: set OPENAI_API_KEY, or name a server that needs none with --base-url")
@@ -83,9 +82,8 @@ class Chat:
                 problem = self.judge(reply)
             except requests.RequestException as error:
                 problem = self.clean(f"{type(error).__name__}: {error}")
-                wrong = isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)
                 nobody = "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error)
-                if wrong or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
+                if is_no_address(error) or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
                     raise InputError(f"cannot reach {self.shown}: {problem}") from None
             except (KeyError, IndexError, TypeError, AttributeError) as error:  # JSON, but no answer
                 problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")

@@ -21,7 +21,7 @@ import torch
 from .checkpoint import write_tensors
 from .files import InputError
 from .progress import Progress
-from .web import Bearer, pause, secret
+from .web import Bearer, is_no_address, pause, secret
 
 HUB = "https://huggingface.co"
 BLOCK = 1 << 16  # bytes; so much of what came last is lost where a connection breaks
@@ -54,8 +54,7 @@ def patiently(attempt, come=lambda: 0):
         except requests.RequestException as error:
             failures = 1 if come() > most else failures + 1
             most = max(most, come())
-            wrong = isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)  # no address
-            if wrong or failures > ATTEMPTS:
+            if is_no_address(error) or failures > ATTEMPTS:
                 raise InputError(f"{error} (the same command goes on where it stopped)") from error
             time.sleep(pause(failures, getattr(error.response, "headers", None)))
 

@@ -123,8 +123,8 @@ def fit(
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                value = loss.item()
-                if not math.isfinite(value + norm.item()):
+                value, norm = loss.item(), norm.item()
+                if not math.isfinite(value + norm):
                     raise InputError(f"{label}: at step {step} the loss is {value}, the length of the gradient {norm}; "
                                      "lower the learning rate (--lr)")
                 average = value if average is None else 0.95 * average + 0.05 * value

@@ -6,6 +6,8 @@ import random
 from email.utils import parsedate_to_datetime
 from time import time
 
+import requests
+
 from .files import InputError
 
 LONGEST_WAIT = 3600.0  # seconds between two attempts, however long a server asks for
@@ -29,6 +31,11 @@ class Bearer:
         if self.key:
             request.headers[self.header] = self.before + self.key
         return request
+
+
+def is_no_address(error: requests.RequestException) -> bool:
+    """True for what no patience mends: an address, or a header, that cannot be one."""
+    return isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)
 
 
 def pause(attempt: int, headers) -> float:

@@ -2,7 +2,9 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from tests.answering import Answering
 
 
 class Server(ThreadingHTTPServer):
@@ -14,7 +16,7 @@ class Server(ThreadingHTTPServer):
         self.slept = threading.Event()  # ends the sleep of slow answers
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -41,14 +43,3 @@ class Handler(BaseHTTPRequestHandler):
             self.send(code, json.dumps(content if code == 200 else {"error": content}).encode(), headers)
         else:
             self.send(200, json.dumps(answer).encode())
-
-    def send(self, code, body, headers={}, length=None):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass

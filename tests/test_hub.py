@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 
 from nanollava import Llava, Tokenizer, hub
 from nanollava.files import InputError
+from tests.answering import Answering
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = {"a": torch.arange(50_000.0), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
@@ -26,47 +27,36 @@ class Hub(ThreadingHTTPServer):
         self.moods, self.asked, self.keys = [], [], []
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     def do_GET(self):
         mood = self.server.moods.pop(0) if self.server.moods and "/resolve/" in self.path else None
         mood = self.server.always if getattr(self.server, "always", None) else mood
         self.server.keys.append(self.headers.get("Authorization"))
         if isinstance(mood, int):
-            return self.answer(mood, b"", {"Retry-After": "7"} if mood == 429 else {})
+            return self.send(mood, b"", {"Retry-After": "7"} if mood == 429 else {})
         if self.path.startswith("/api/models/someone/model/revision/main"):
             siblings = [{"rfilename": name, "size": len(content),
                          "lfs": {"sha256": hashlib.sha256(content).hexdigest()}}
                         for name, content in self.server.files.items()]
             listing = getattr(self.server, "listing", json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
-            return self.answer(200, listing)
+            return self.send(200, listing)
         prefix = f"/someone/model/resolve/{COMMIT}/"
         if not self.path.startswith((prefix, "/elsewhere/")):
-            return self.answer(404, b"")
+            return self.send(404, b"")
         name = self.path.rpartition("/")[2]
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         if mood == "redirect":
-            return self.answer(302, b"", {"Location": f"/elsewhere/{name}"})
+            return self.send(302, b"", {"Location": f"/elsewhere/{name}"})
         self.server.asked.append((name, start))
         content = self.server.files[name]
         if mood == "lie":
             content = bytes(len(content))
         if mood == "from the start":
-            return self.answer(200, content)
+            return self.send(200, content)
         if start >= len(content):
-            return self.answer(416, b"<xml>InvalidRange</xml>")
+            return self.send(416, b"<xml>InvalidRange</xml>")
         rest = content[start:]
-        self.answer(206 if start else 200, rest[: len(rest) // 2] if mood == "break" else rest, length=len(rest))
-
-    def answer(self, code, body, headers={}, length=None):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+        self.send(206 if start else 200, rest[: len(rest) // 2] if mood == "break" else rest, length=len(rest))
 
 
 @pytest.fixture

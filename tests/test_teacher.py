@@ -174,8 +174,9 @@ def test_what_was_paid_for_when_the_job_ended_is_kept(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         one, chat = job(ledger), Scripted(says)
         chat.stop.set, stop = lambda: (stop(), ended.set()), chat.stop.set
-        with pytest.raises(InputError, match="in a row"):
+        with pytest.raises(InputError, match="in a row") as caught:
             one.run(chat, workers=2)
+        assert ended.is_set() and caught  # at once, not when the exception is forgotten
         assert one.row(PICTURES[0])
 
 
