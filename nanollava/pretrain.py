@@ -106,7 +106,7 @@ class Clip(nn.Module):
         super().__init__()
         self.end_of_text = len(tokenizer)  # one past the vocabulary
         self.tokenizer = tokenizer
-        text = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3)
+        text = VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
         self.vision_model = VisionTower(VISION)
         self.text_model = TextTower(text, len(tokenizer) + 1, length=96)
         self.visual_projection = nn.Linear(VISION.hidden_size, size, bias=False)
