@@ -95,7 +95,7 @@ def test_a_clip_and_a_llama_become_the_parts_of_a_llava(clip):
 
 def test_the_golden_values_would_notice():
     """The models are lively enough to tell a wrong detail from rounding: here the base of the rotary angles."""
-    config = checkpoint.text_config(checkpoint.read_config(GOLDEN / "llama"))
+    config = checkpoint.read_config(GOLDEN / "llama", checkpoint.text_config)
     llama = Llama(LlamaConfig(**config | {"rope_theta": 10000.0}))
     checkpoint.load(llama, checkpoint.read_tensors(GOLDEN / "llama"), GOLDEN / "llama", torch.float32, "cpu")
     logits = llama.logits(llama(llama.embed(VALUES["llama tokens"][None])))[0]
