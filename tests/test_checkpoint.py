@@ -55,8 +55,9 @@ def test_a_big_model_is_written_in_shards_with_an_index(folder, model, monkeypat
                  "model." + name.replace("vision_model.", "").replace("language_model.model.", "language_model."),
 ])
 def test_three_generations_of_names_are_read(folder, model, generation):
-    rewrite(folder, lambda tensors: {generation(name): tensor for name, tensor in tensors.items()} |
-                                    {generation("vision_tower.vision_model.embeddings.position_ids"): torch.arange(17)})
+    old = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(17),  # these two are passed over
+           "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    rewrite(folder, lambda tensors: {generation(name): tensor for name, tensor in (tensors | old).items()})
     for name, tensor in Llava.from_pretrained(folder).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -231,12 +232,16 @@ def test_folders_that_hold_no_model_are_told(tmp_path, folder):
 def test_parts_get_a_fresh_projector_between_them(model, tmp_path, tokenizer):
     clip, llama = tmp_path / "clip", tmp_path / "llama"
     vision = {f"vision_model.{name}": tensor for name, tensor in model.vision_tower.state_dict().items()}
-    checkpoint.write(clip, checkpoint.clip_json(vars(model.config.vision)), vision | {"logit_scale": torch.ones(1)})
-    checkpoint.write(llama, checkpoint.llama_json(vars(model.config.text)), model.language_model.state_dict(),
-                     [tokenizer.path])
+    beside = {name: torch.ones(1) for name in ("logit_scale", "text_model.final_layer_norm.bias",
+                                               "visual_projection.weight", "vision_model.embeddings.position_ids")}
+    checkpoint.write(clip, checkpoint.clip_json(vars(model.config.vision)), vision | beside)
+    text = model.language_model.state_dict() | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    checkpoint.write(llama, checkpoint.llama_json(vars(model.config.text)), text, [tokenizer.path])
     whole = Llava.from_parts(clip, llama)
     assert whole.config == model.config
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(whole.vision_tower(images), model.vision_tower(images))
     assert torch.equal(whole.language_model.lm_head.weight, model.language_model.lm_head.weight)
     assert not torch.equal(whole.multi_modal_projector.linear_1.weight, model.multi_modal_projector.linear_1.weight)
+    with pytest.raises(InputError, match="clip/config.json: model_type 'clip_vision_model' is not supported"):
+        Llava.from_parts(clip, clip)
