@@ -52,7 +52,7 @@ def section(raw: dict, key: str) -> dict:
 def number(raw: dict, key: str, default):
     """A number of a config; absent or null, the default."""
     value = default if raw.get(key) is None else raw[key]
-    if value is not None and (type(value) not in (int, type(default)) or value <= 0):
+    if value is not None and (type(value) not in (int, type(default)) or not value > 0):
         raise InputError(f"{key} {value!r} is not supported, only a number above zero")
     return value
 
