@@ -138,7 +138,7 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
         """A LLaVA folder: one of ours, or of the public Hugging Face layout."""
-        config = checkpoint.llava_config(checkpoint.read_config(folder))
+        config = checkpoint.read_config(folder, checkpoint.llava_config)
         parts = {"vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])}
         config = LlavaConfig(**config | parts)
         with torch.device("meta"):
@@ -154,8 +154,8 @@ class Llava(nn.Module):
     def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1", feature_layer=-2,
                    dtype=torch.float32, device="cpu") -> "Llava":
         """A CLIP folder and a LLaMA folder, with a fresh projector between them."""
-        vision = VisionConfig(**checkpoint.vision_config(checkpoint.read_config(vision_folder)))
-        text = LlamaConfig(**checkpoint.text_config(checkpoint.read_config(llm_folder)))
+        vision = VisionConfig(**checkpoint.read_config(vision_folder, checkpoint.vision_config))
+        text = LlamaConfig(**checkpoint.read_config(llm_folder, checkpoint.text_config))
         config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size, template=template)
         with torch.device("meta"):
             model = cls(config)
