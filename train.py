@@ -21,7 +21,7 @@ from nanollava.data import Conversations, batch_order, load_batches
 from nanollava.evaluate import table, toy_table
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
 from nanollava.llava import Llava
-from nanollava.lora import add_lora
+from nanollava.plan import SIZES, freeze, plan
 from nanollava.pretrain import parts_table, train_parts
 from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
@@ -73,6 +73,8 @@ def parse_arguments():
     add = parser.add_argument_group("where").add_argument
     add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
     add("--save-every", type=positive(int), help="steps from one checkpoint to the next (default: 500; toy: 250)")
+    add("--plan", action="store_true", help="only say what --preset 7b or 13b needs: memory, operations, hours")
+    add("--gpus", type=positive(int), default=8, help="how many there would be, for --plan (default: 8)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     return parser.parse_args()
 
@@ -82,6 +84,8 @@ def main() -> None:
     parts = arguments.vision or arguments.llm
     if parts and arguments.model:
         raise InputError("--model goes on from a LLaVA, --vision and --llm begin one: give one or the other")
+    if arguments.plan:
+        return print_plan(arguments)
     if arguments.preset != "toy" and not (arguments.data and (arguments.model or (arguments.vision and arguments.llm))):
         raise InputError(f"--preset {arguments.preset} needs --data, and --model or both --vision and --llm")
     device = parallel.start(best_device(arguments.device))
@@ -98,6 +102,18 @@ def main() -> None:
         train_stage(2, start, arguments.out or Path("runs/toy/stage2"), arguments, device)
     else:
         train_toy(arguments.out or Path("runs/toy"), arguments, device)
+
+
+def print_plan(arguments) -> None:
+    """What the paper's stages need at the size of --preset."""
+    if arguments.preset == "toy":
+        raise InputError("--plan is for --preset 7b or 13b")
+    for stage in (arguments.stage,) if arguments.stage else (1, 2):
+        settings = PRESETS[arguments.preset][stage]
+        epochs, batch_size = (getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size"))
+        print(f"stage {stage} of --preset {arguments.preset}")
+        print(plan(SIZES[arguments.preset], stage, arguments.gpus, batch_size, epochs, arguments.micro_batch,
+                   arguments.lora_rank, arguments.max_length))
 
 
 def train_toy(run: Path, arguments, device: str) -> None:
@@ -150,15 +166,9 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     steps = max(1, round(epochs * len(dataset) / batch_size))
     order = batch_order(dataset.lengths, batch_size, steps, arguments.seed)
 
-    llm, projector = model.language_model, model.multi_modal_projector
-    model.requires_grad_(False)
-    projector.requires_grad_(True)
-    if stage == 2 and arguments.lora_rank:
-        add_lora(llm, arguments.lora_rank)
-    elif stage == 2:
-        llm.requires_grad_(True)
-    llm.checkpointing = arguments.preset != "toy"
-    parallel.place(model.compute_in(dtype), llm.model.layers, dtype, device)
+    freeze(model, stage, arguments.lora_rank)
+    model.language_model.checkpointing = arguments.preset != "toy"
+    parallel.place(model.compute_in(dtype), model.language_model.model.layers, dtype, device)
 
     optimizers = OPTIMIZERS[optimizer](model, lr)
     run = dict(stage=stage, data=[str(path) for path, _ in sources], rows=len(dataset), steps=steps,
