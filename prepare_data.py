@@ -12,11 +12,10 @@
 import random
 from pathlib import Path
 
-from nanollava import gpt, hub, teacher
+from nanollava import gpt, teacher
 from nanollava.captions import write_pretrain
 from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
-from nanollava.data import stats
 from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy import write_world
@@ -164,6 +163,8 @@ def expand_captions(arguments) -> None:
 
 
 def print_stats(arguments) -> None:
+    from nanollava.data import stats  # here, as in download_weights: torch is seconds that no other command waits for
+
     numbers, broken = stats(arguments.data)
     for name, number in numbers.items():
         print(f"{name.replace('_', ' '):<24}{number:>12,.{0 if number == int(number) else 1}f}")
@@ -172,6 +173,8 @@ def print_stats(arguments) -> None:
 
 
 def download_weights(arguments) -> None:
+    from nanollava import hub
+
     out = arguments.out or Path(arguments.repository.rpartition("/")[2])
     hub.fetch(arguments.repository, out, arguments.revision)
     print(out)

@@ -259,6 +259,12 @@ def test_help_shows_examples(command, name):
     assert code == 0 and f"    python {name}.py" in out
 
 
+def test_preparing_data_does_not_wait_for_torch():
+    """Importing torch takes seconds, and the help, the drawing and the asking need none of it."""
+    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # prepare_data.py instruct
 
