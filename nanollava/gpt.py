@@ -7,6 +7,7 @@ stands in no file and no message.
 
 import json
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -45,7 +46,7 @@ class Chat:
     """chat(messages) -> Answer. Safe to call from several threads; `stop` ends all waiting.
 
     Raises InputError, with the server's own words, where no request can succeed (a wrong key, an unknown model, no
-    credit), and RequestError where this one cannot. timeout: seconds without a word from the server.
+    credit), and RequestError where this one cannot. timeout: seconds that one answer may take.
     """
 
     def __init__(self, model: str, base_url: str = OPENAI, timeout: float = 600.0):
@@ -74,8 +75,7 @@ class Chat:
                 raise RequestError("stopped")
             headers = None
             try:
-                reply = requests.post(self.url, json={"model": self.model, "messages": messages, **self.options},
-                                      auth=self.auth, timeout=self.timeout, allow_redirects=False)
+                reply = self.post({"model": self.model, "messages": messages, **self.options})
                 self.reached, headers = True, reply.headers
                 if reply.ok and not reply.is_redirect:
                     return read(reply.json(), messages)
@@ -88,6 +88,30 @@ class Chat:
             except (KeyError, IndexError, TypeError, AttributeError) as error:  # JSON, but no answer
                 problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")
         raise RequestError(f"{problem} ({ATTEMPTS} attempts)")
+
+    def post(self, body: dict) -> requests.Response:
+        """The reply, once it is whole. Raises requests.Timeout after `timeout` seconds in all.
+
+        The time-out of requests begins anew with every byte, so a server that sends one now and then would hold a
+        worker for ever: it gets a thread of its own, which nobody waits for.
+        """
+        outcome = queue.SimpleQueue()
+
+        def work():
+            try:
+                outcome.put(requests.post(self.url, json=body, auth=self.auth, timeout=self.timeout,
+                                          allow_redirects=False))
+            except Exception as error:
+                outcome.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            reply = outcome.get(timeout=self.timeout)
+        except queue.Empty:
+            raise requests.Timeout(f"no whole answer within {self.timeout:g} seconds") from None
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def judge(self, reply: requests.Response) -> str:
         """What a server said instead of an answer, if it is worth asking again; raises if it is not."""

@@ -27,7 +27,8 @@ def test_an_answer_is_its_text_and_what_it_took(chat, server):
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
 
 
-@pytest.mark.parametrize("mood", ["reset", "cut", "nonsense", "slow", (500, "oops"), (503, {"message": "busy"})])
+@pytest.mark.parametrize("mood", [
+    "reset", "cut", "nonsense", "slow", "drips", (500, "oops"), (503, {"message": "busy"})])
 def test_what_may_pass_is_asked_again_after_ever_longer_waits(chat, server, mood):
     server.moods = [mood] * 3
     assert chat(ASK).text == "A cat."
