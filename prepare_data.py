@@ -121,39 +121,45 @@ def ask_teacher(arguments) -> None:
     if not pictures:
         raise InputError(f"{arguments.captions} has no picture with a caption")
     pictures = pictures[: arguments.limit]
-    if arguments.dry_run:
-        job = teacher.Job(kind, pictures, {}, model, arguments.seed)
-        for message in job.messages(pictures[0]):
-            print(f"[{message['role']}]\n{message['content']}\n")
-        read = sum(len(message["content"]) for picture in pictures for message in job.messages(picture)) // 4
-        example = sum(len(replies[kind]) for *_, replies in teacher.EXAMPLES) / len(teacher.EXAMPLES)
-        written = int(len(pictures) * example / 4)
-        say(f"{len(pictures)} pictures, about {read} tokens to read and {written} to write, at 4 letters a token"
-            + (f": ${teacher.dollars(read, written, arguments.price):.2f}" if any(arguments.price) else ""))
-        return
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
-    with gpt.Ledger(path) as ledger:
-        others = {(answer.get("kind"), answer.get("model")) for answers in ledger.lines.values() for answer in answers}
-        if others - {(kind, model)}:
-            raise InputError(f"{path} holds answers of another --kind or --model "
-                             f"{sorted(map(str, others))}: choose another --out")
-        job, failed = teacher.Job(kind, pictures, ledger, model, arguments.seed), {}
+    ledger = gpt.Ledger(path)
+    job = teacher.Job(kind, pictures, ledger, model, arguments.seed)
+    if arguments.dry_run:
+        ledger.load()
+        print_plan(job, arguments.price)
+        return
+    with ledger:
+        missing, failed = job.open(), {}
         try:
-            if job.open():
+            if missing:
                 chat = gpt.Chat(model, arguments.base_url, timeout=arguments.timeout)
                 failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
         finally:  # what was paid for is handed over, however it ended
-            rows = [row for row in map(job.row, pictures) if row]
+            rows, rejected, given_up = job.result()
             if rows:
                 write_json(out, rows)
-                say(f"{len(rows)} of {len(pictures)} pictures; {job.rejected()} replies were rejected; "
+            if ledger.lines:
+                say(f"{len(rows)} of {len(pictures)} pictures, {given_up} given up after {teacher.TRIES} replies; "
                     f"{ledger.prompt_tokens} tokens read and {ledger.completion_tokens} written in all")
+            for reason, count in rejected.most_common():
+                say(f"{count} rejected: {reason}")
     for problem, count in failed.items():
         say(f"{count} failed: {problem}")
     if rows:
         print(out)
+
+
+def print_plan(job: teacher.Job, prices: tuple[float, float]) -> None:
+    """What would be asked about one picture, and what all that is not yet in the ledger would cost."""
+    missing = job.open()
+    for message in job.messages((missing or job.pictures)[0]):
+        print(f"[{message['role']}]\n{message['content']}\n")
+    read, written = job.estimate(missing)
+    say(f"{len(missing)} of {len(job.pictures)} pictures are still to be asked about: "
+        f"about {read} tokens to read and {written} to write"
+        + (f", ${teacher.dollars(read, written, prices):.2f}" if any(prices) else ""))
 
 
 def expand_captions(arguments) -> None:

@@ -8,6 +8,7 @@ stands in no file and no message.
 import json
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -142,21 +143,27 @@ class Chat:
         return " ".join(text.split())
 
 
+def guess_tokens(text: str) -> int:
+    """About how many tokens a language model makes of a text: one of up to six letters, of each digit, of each sign."""
+    return len(re.findall(r"[^\W\d_]{1,6}|\d|[^\w\s]", text))
+
+
 def read(body: dict, messages: list[dict]) -> Answer:
-    """The answer in a reply; where it does not say what it took, a token is counted for every four letters."""
+    """The answer in a reply; where it does not say how many tokens it took, they are guessed."""
     choice, usage = body["choices"][0], body.get("usage") or {}
     text = choice["message"]["content"] or ""
     text = text.encode("utf-8", "replace").decode()  # half a character is "?"
-    asked = sum(len(message["content"]) for message in messages)
-    return Answer(text, int(usage.get("prompt_tokens") or asked // 4),
-                  int(usage.get("completion_tokens") or len(text) // 4),
+    return Answer(text,
+                  int(usage.get("prompt_tokens") or sum(guess_tokens(message["content"]) for message in messages)),
+                  int(usage.get("completion_tokens") or guess_tokens(text)),
                   choice.get("finish_reason") not in ("length", "content_filter"))
 
 
 class Ledger:
     """Answers by key, in a file that only grows. `with Ledger(path) as ledger`: one process at a time may write.
 
-    A line that a killed process left half written is cut off; all others were promised and stay.
+    A line that a killed process left half written is cut off; all others were promised and stay. Who only wants to
+    know what is there calls `load`, which changes nothing on the disk.
     """
 
     def __init__(self, path: str | Path):
@@ -171,18 +178,25 @@ class Ledger:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{self.path} is in use by another run: wait for it, or choose another --out") from error
-        self.file.seek(0)
-        whole = 0
-        for number, line in enumerate(self.file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                self.remember(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path}, line {number} is not an answer: mend or remove that line") from error
-            whole += len(line)
-        self.file.truncate(whole)
+        self.file.truncate(self.load())
         return self
+
+    def load(self) -> int:
+        """Read what is on the disk; how many bytes of it are whole lines."""
+        whole = 0
+        if not self.path.exists():
+            return whole
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self.remember(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(
+                        f"{self.path}, line {number} is not an answer: mend or remove that line") from error
+                whole += len(line)
+        return whole
 
     def __exit__(self, *error) -> None:
         if not self.lines:
