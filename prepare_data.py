@@ -137,18 +137,25 @@ def ask_teacher(arguments) -> None:
                 chat = gpt.Chat(model, arguments.base_url, timeout=arguments.timeout)
                 failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
         finally:  # what was paid for is handed over, however it ended
-            rows, rejected, given_up = job.result()
-            if rows:
-                write_json(out, rows)
-            if ledger.lines:
-                say(f"{len(rows)} of {len(pictures)} pictures, {given_up} given up after {teacher.TRIES} replies; "
-                    f"{ledger.prompt_tokens} tokens read and {ledger.completion_tokens} written in all")
-            for reason, count in rejected.most_common():
-                say(f"{count} rejected: {reason}")
+            written = hand_over(job, out)
     for problem, count in failed.items():
         say(f"{count} failed: {problem}")
-    if rows:
+    if written:
         print(out)
+
+
+def hand_over(job: teacher.Job, out: Path) -> bool:
+    """Write what the ledger has, and say what it has not; whether there was anything to write."""
+    rows, rejected, given_up = job.result()
+    if rows:
+        write_json(out, rows)
+    if job.ledger.lines:
+        say(f"{len(rows)} of {len(job.pictures)} pictures, {given_up} given up after {teacher.TRIES} replies, "
+            f"{len(job.pictures) - len(rows) - given_up} still to be asked about; "
+            f"{job.ledger.prompt_tokens} tokens read and {job.ledger.completion_tokens} written in all")
+    for reason, count in rejected.most_common():
+        say(f"{count} rejected: {reason}")
+    return bool(rows)
 
 
 def print_plan(job: teacher.Job, prices: tuple[float, float]) -> None:
