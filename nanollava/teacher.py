@@ -312,13 +312,13 @@ class Job:
         return [picture for picture, found, rejected in replies if not found and len(rejected) < TRIES]
 
     def result(self) -> tuple[list[dict], Counter, int]:
-        """The rows, in the order of the pictures; how many replies were rejected, by reason; how many pictures have
-        had all their tries for nothing."""
+        """The rows, in the order of the pictures; how many replies were rejected, by reason; how many pictures were
+        given up, after all their tries."""
         rows, reasons, given_up = [], Counter(), 0
         for found, rejected in map(self.replies, self.pictures):
             rows += [found] if found else []
             reasons.update(rejected)
-            given_up += not found and len(rejected) >= TRIES
+            given_up += len(rejected) >= TRIES
         return rows, reasons, given_up
 
     def estimate(self, pictures: list[Picture]) -> tuple[int, int]:
