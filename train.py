@@ -15,23 +15,26 @@ from pathlib import Path
 
 import torch
 
+from nanollava import parallel
 from nanollava.conversation import TEMPLATES
-from nanollava.data import Conversations, loader
+from nanollava.data import Conversations, batch_order, load_batches
 from nanollava.evaluate import table, toy_table
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
 from nanollava.llava import Llava
+from nanollava.lora import add_lora
 from nanollava.pretrain import parts_table, train_parts
+from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy import write_world
-from nanollava.training import adamw, best_device, best_dtype, fit, muon
+from nanollava.training import adamw, best_device, best_dtype, fit, learner, mean_loss, muon
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 ASSETS = Path(__file__).resolve().parent / "assets"
-PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw"),
-         2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw")}  # its appendix
+PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw", save_every=500),
+         2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw", save_every=500)}  # its appendix
 PRESETS = {
-    "toy": {1: dict(epochs=1, batch_size=8, lr=4e-3, optimizer="adamw"),
-            2: dict(epochs=1.3, batch_size=16, lr=9e-4, optimizer="muon")},
+    "toy": {1: dict(epochs=1, batch_size=8, lr=4e-3, optimizer="adamw", save_every=250),
+            2: dict(epochs=1.3, batch_size=16, lr=9e-4, optimizer="muon", save_every=250)},
     "7b": PAPER,
     "13b": PAPER,
 }
@@ -48,19 +51,29 @@ def parse_arguments():
     add("--projector", choices=("linear", "mlp2x_gelu"), default="linear", help="the paper's (default), or LLaVA-1.5's")
     add("--template", choices=TEMPLATES, help="words around the turns (default: the model's, or vicuna_v1)")
     add("--feature-layer", type=int, choices=(-1, -2), default=-2, help="which block of the CLIP is read (default: -2)")
+    add("--lora-rank", type=positive(int), help="stage 2 learns thin matrices beside the LLM's (LoRA; 128 is usual)")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, help="LLaVA JSON, or a folder of `prepare_data.py toy` (default: data/toy)")
-    add("--images", type=Path, help="folder of the pictures of a LLaVA JSON")
-    add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
+    add("--data", type=Path, nargs="+", metavar="FILE",
+        help="LLaVA JSON, one or several, or a folder of `prepare_data.py toy` (default: data/toy)")
+    add("--images", type=Path, nargs="+", metavar="FOLDER", help="folder of their pictures, or one for each FILE")
+    add("--eval-data", type=Path, metavar="FILE", help="held-out LLaVA JSON: its loss is logged, the best model kept")
+    add("--eval-images", type=Path, metavar="FOLDER", help="folder of its pictures (default: the first of --images)")
     add("--max-length", type=positive(int), default=2048, help="cut off what is beyond so many tokens (default: 2048)")
+    add("--skip-bad", action="store_true", help="leave out rows that are broken or whose pictures are")
+    add("--workers", type=int, help="processes that open pictures (default: none on a CPU, else 8)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=positive(float), help="times through the data; may be a fraction")
-    add("--batch-size", type=positive(int), help="conversations a step")
+    add("--batch-size", type=positive(int), help="conversations a step, all processes together")
+    add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
     add("--optimizer", choices=OPTIMIZERS, help="adamw, the paper's, or muon (default: muon for the toy's stage 2)")
     add("--seed", type=int, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add = parser.add_argument_group("where").add_argument
+    add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
+    add("--save-every", type=positive(int), help="steps from one checkpoint to the next (default: 500; toy: 250)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     return parser.parse_args()
 
 
@@ -71,92 +84,122 @@ def main() -> None:
         raise InputError("--model goes on from a LLaVA, --vision and --llm begin one: give one or the other")
     if arguments.preset != "toy" and not (arguments.data and (arguments.model or (arguments.vision and arguments.llm))):
         raise InputError(f"--preset {arguments.preset} needs --data, and --model or both --vision and --llm")
+    device = parallel.start(best_device(arguments.device))
     if arguments.stage == 0:
-        folder, device = arguments.out or Path("runs/toy/stage0"), best_device(arguments.device)
+        if parallel.world() > 1:
+            raise InputError("--stage 0 runs in one process: start it with `python train.py --stage 0`")
+        folder = arguments.out or Path("runs/toy/stage0")
         train_parts(folder, arguments.seed, device)
         print(table(parts_table(folder, device)))
     elif arguments.stage == 1:
-        train_stage(1, arguments.model, arguments.out or Path("runs/toy/stage1"), arguments)
+        train_stage(1, arguments.model, arguments.out or Path("runs/toy/stage1"), arguments, device)
     elif arguments.stage == 2:
         start = None if parts else arguments.model or Path("runs/toy/stage1")
-        train_stage(2, start, arguments.out or Path("runs/toy/stage2"), arguments)
+        train_stage(2, start, arguments.out or Path("runs/toy/stage2"), arguments, device)
     else:
-        train_toy(arguments.out or Path("runs/toy"), arguments)
+        train_toy(arguments.out or Path("runs/toy"), arguments, device)
 
 
-def train_toy(run: Path, arguments) -> None:
+def train_toy(run: Path, arguments, device: str) -> None:
     """All of it: what is missing of the toy world, of stage 1 and of stage 2, then the evaluation."""
-    if arguments.model or arguments.preset != "toy" or (arguments.data and arguments.data.is_file()):
+    data = arguments.data[0] if arguments.data else Path("data/toy")
+    if arguments.model or arguments.preset != "toy" or data.is_file():
         raise InputError("without --stage this trains the toy world; say --stage 1 or 2 for your own model or data")
+    arguments.resume = True
     for stage in (1, 2):
-        if (run / f"stage{stage}" / "config.json").is_file():
-            say(f"{run}/stage{stage} is there and stays as it is")
-        else:
-            train_stage(stage, run / "stage1" if stage == 2 else None, run / f"stage{stage}", arguments)
-    columns, *_ = toy_table(run, arguments.data or Path("data/toy"), best_device(arguments.device))
-    print(table(columns))
-    say("ask it something: python sample.py --image cat.jpg")
+        train_stage(stage, run / "stage1" if stage == 2 else None, run / f"stage{stage}", arguments, device)
+    if parallel.rank() == 0:
+        columns, *_ = toy_table(run, data, device)
+        print(table(columns))
+        say("ask it something: python sample.py --image cat.jpg")
 
 
-def train_stage(stage: int, start: Path | None, out: Path, arguments) -> None:
+def train_stage(stage: int, start: Path | None, out: Path, arguments, device: str) -> None:
     """Stage 1 or 2, from the LLaVA in folder `start`, or from a CLIP and a LLaMA where there is none."""
-    if (out / "config.json").is_file():
-        raise InputError(f"{out} holds a trained model; remove it or choose another --out")
+    if arguments.resume and (out / "config.json").is_file():
+        return say(f"{out} is finished and stays as it is")
+    if out.is_dir() and any(out.iterdir()) and not arguments.resume:
+        raise InputError(f"{out} is not empty: --resume goes on with what is in it; or choose another --out")
     if start and not (start / "config.json").is_file():
         raise InputError(f"no model at {start} to go on from: train it (--stage 1), or name another (--model)")
-    torch.manual_seed(arguments.seed)
-    device = best_device(arguments.device)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
     settings = PRESETS[arguments.preset][stage]
-    epochs, batch_size, lr, optimizer = (getattr(arguments, key) or settings[key]
-                                         for key in ("epochs", "batch_size", "lr", "optimizer"))
+    epochs, batch_size, lr, optimizer, save_every = (
+        getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size", "lr", "optimizer", "save_every"))
+    if batch_size % parallel.world():
+        raise InputError(f"--batch-size {batch_size} cannot be shared evenly by {parallel.world()} processes")
+    torch.manual_seed(arguments.seed)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
 
-    data, images = find_data(stage, arguments)
+    sources = find_data(stage, arguments)
     if start:
-        model, tokenizer = Llava.from_pretrained(start, dtype, device), Tokenizer(start)
+        model, tokenizer = Llava.from_pretrained(start, None), Tokenizer(start)
     else:
         vision, llm = arguments.vision or ASSETS / "toy-clip", arguments.llm or ASSETS / "toy-llama"
-        model = Llava.from_parts(vision, llm, arguments.projector, feature_layer=arguments.feature_layer,
-                                 dtype=dtype, device=device)
+        model = Llava.from_parts(vision, llm, arguments.projector, feature_layer=arguments.feature_layer, dtype=None)
         tokenizer = Tokenizer(llm)
     if arguments.template:
         model.config.template = arguments.template
     elif stage == 2 and model.config.template == "plain":  # as LLaVA-1.5: captions in stage 1, then conversations
         model.config.template = "vicuna_v1"
-    longest = min(arguments.max_length, model.config.text.max_position_embeddings)
-    dataset = Conversations(data, images, tokenizer, model.config, longest)
-    steps = max(1, round(epochs * len(dataset) / batch_size))
-
-    model.requires_grad_(False)
-    trained = torch.nn.ModuleList([model.multi_modal_projector] + ([model.language_model] if stage == 2 else []))
-    trained.float().requires_grad_(True)  # what learns is kept in float32, whatever the arithmetic
-
-    def loss_of(batch):
-        tokens, labels, pixels = batch
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model(tokens.to(device), None if pixels is None else pixels.to(device), labels.to(device))
-
-    out.mkdir(parents=True, exist_ok=True)
-    workers = 0 if device == "cpu" else 8  # processes that open pictures; a CPU has better things to do
-    batches = loader(dataset, batch_size, steps, arguments.seed, workers)
-    fit(f"stage {stage}", loss_of, batches, steps, OPTIMIZERS[optimizer](trained, lr), out / "log.jsonl",
-        lambda batch: batch[0].numel())
     model.config.stage = stage
-    model.save_pretrained(out, [tokenizer.path])
+
+    longest = min(arguments.max_length, model.config.text.max_position_embeddings)
+    dataset = Conversations(sources, tokenizer, model.config, longest, arguments.skip_bad)
+    if dataset.skipped:
+        say(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out, for they are broken")
+    steps = max(1, round(epochs * len(dataset) / batch_size))
+    order = batch_order(dataset.lengths, batch_size, steps, arguments.seed)
+
+    llm, projector = model.language_model, model.multi_modal_projector
+    model.requires_grad_(False)
+    projector.requires_grad_(True)
+    if stage == 2 and arguments.lora_rank:
+        add_lora(llm, arguments.lora_rank)
+    elif stage == 2:
+        llm.requires_grad_(True)
+    llm.checkpointing = arguments.preset != "toy"
+    parallel.place(model.compute_in(dtype), llm.model.layers, dtype, device)
+
+    optimizers = OPTIMIZERS[optimizer](model, lr)
+    run = dict(stage=stage, data=[str(path) for path, _ in sources], rows=len(dataset), steps=steps,
+               batch_size=batch_size, lr=lr, optimizer=optimizer, seed=arguments.seed, lora_rank=arguments.lora_rank)
+    checkpoints = Checkpoints(out / "resume", model, optimizers, run)
+    begun = checkpoints.load()
+    workers = arguments.workers if arguments.workers is not None else 0 if device == "cpu" else 8
+    held_out = None
+    if arguments.eval_data:
+        images = arguments.eval_images or sources[0][1]
+        held_out = Conversations([(arguments.eval_data, images)], tokenizer, model.config, longest, arguments.skip_bad)
+
+    def validate(best: float) -> float:
+        rows = batch_order(held_out.lengths, batch_size, max(1, len(held_out) // batch_size), seed=0)
+        loss = mean_loss(model, load_batches(held_out, rows, arguments.micro_batch, workers), device)
+        if loss < best:
+            model.save_pretrained(out / "best", [tokenizer.path], dtype)
+        return loss
+
+    fit(f"stage {stage}", learner(model, device), load_batches(dataset, order[begun:], arguments.micro_batch, workers),
+        steps, optimizers, out / "log.jsonl", lambda batch: sum(tokens.numel() for tokens, *_ in batch), checkpoints,
+        begun, save_every, validate if held_out else None, lambda step: ": " + "; ".join(map(dataset.name, order[step])))
+    model.save_pretrained(out, [tokenizer.path], dtype)
+    checkpoints.clear()
 
 
-def find_data(stage: int, arguments) -> tuple[Path, Path]:
-    """The JSON and the pictures of a stage; the toy world is drawn where nobody did it before."""
-    data = arguments.data or Path("data/toy")
-    if data.is_file():
-        if arguments.images is None:
-            raise InputError(f"--data {data} needs --images, the folder of its pictures")
-        return data, arguments.images
-    if not data.exists() and arguments.data is None:
-        write_world(data, arguments.seed)
-    if not data.is_dir():
-        raise InputError(f"no data at {data}")
-    return data / {1: "pretrain.json", 2: "instruct.json"}[stage], data / "images"
+def find_data(stage: int, arguments) -> list[tuple[Path, Path]]:
+    """The JSON files of a stage, each with the folder of its pictures; the toy world is drawn where nobody did yet."""
+    data, images = arguments.data or [Path("data/toy")], arguments.images or []
+    if not arguments.data and not data[0].exists() and parallel.rank() == 0:
+        write_world(data[0], arguments.seed)
+    parallel.wait()
+    if len(data) == 1 and data[0].is_dir():
+        return [(data[0] / {1: "pretrain.json", 2: "instruct.json"}[stage], data[0] / "images")]
+    for path in data:
+        if not path.is_file():
+            raise InputError(f"no data at {path}")
+    if len(images) not in (1, len(data)):
+        raise InputError(f"--data {data[0]} needs --images, the folder of its pictures" if not images else
+                         f"{len(data)} files of --data, but {len(images)} folders of --images: give one, or one each")
+    return list(zip(data, images * len(data) if len(images) == 1 else images))
 
 
 if __name__ == "__main__":

@@ -12,39 +12,73 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .conversation import TEMPLATES
 from .files import InputError, read_json, whole_file, write_json
 
 # ---------------------------------------------------------------------------------------------
 # config.json
 
 
-def read_config(folder: str | Path) -> dict:
-    """The config.json of a model folder. Raises InputError where there is none."""
+def read_config(folder: str | Path, fields) -> dict:
+    """What one of the three functions below makes of the config.json of a model folder.
+
+    Raises InputError, naming the folder, where there is none or where it asks for what is not supported.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no model folder at {folder}")
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise InputError(f"{folder} holds no model: it has no config.json")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} is not a JSON object")
-    return config
+    raw = read_json(path)
+    try:
+        if not isinstance(raw, dict):
+            raise InputError("this is not a JSON object")
+        if raw.get("quantization_config"):
+            raise InputError("quantized weights are not supported")
+        return fields(raw)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def section(raw: dict, key: str) -> dict:
+    """An object inside a config; absent or null, it is empty."""
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{key} {value!r} is not a JSON object")
+    return value
+
+
+def number(raw: dict, key: str, default):
+    """A number of a config; absent or null, the default."""
+    value = default if raw.get(key) is None else raw[key]
+    if value is not None and (type(value) not in (int, type(default)) or not value > 0):
+        raise InputError(f"{key} {value!r} is not supported, only a number above zero")
+    return value
 
 
 def refuse_unless(raw: dict, key: str, supported, default=None) -> None:
     value = raw.get(key, default)
     if value not in supported:
-        raise InputError(f"config.json: {key} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
+        raise InputError(f"{key} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
+
+
+def refuse_split(fields: dict, whole: str, parts: str) -> None:
+    if fields[parts] and fields[whole] % fields[parts]:
+        raise InputError(f"{whole} {fields[whole]} cannot be divided by {parts} {fields[parts]}")
 
 
 def vision_config(raw: dict) -> dict:
     """The fields of VisionConfig from the config of a CLIP, or of its vision tower alone."""
-    raw = raw.get("vision_config", raw)
+    if raw.get("model_type") == "clip":  # where there are both, the second counts
+        raw = section(raw, "vision_config") | section(raw, "vision_config_dict")
     refuse_unless(raw, "model_type", ("clip_vision_model",), "clip_vision_model")
     refuse_unless(raw, "hidden_act", ("quick_gelu",), "quick_gelu")
     defaults = dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
                     num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5)  # ViT-B/32
-    return {key: raw.get(key, default) for key, default in defaults.items()}
+    fields = {key: number(raw, key, default) for key, default in defaults.items()}
+    refuse_split(fields, "hidden_size", "num_attention_heads")
+    return fields
 
 
 def text_config(raw: dict) -> dict:
@@ -53,31 +87,42 @@ def text_config(raw: dict) -> dict:
     refuse_unless(raw, "hidden_act", ("silu",), "silu")
     for key in ("attention_bias", "mlp_bias"):
         refuse_unless(raw, key, (False,), False)
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = section(raw, "rope_scaling") or section(raw, "rope_parameters")
     refuse_unless(rope, "rope_type", ("default",), rope.get("type", "default"))
     defaults = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                     num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
-                    rope_theta=rope.get("rope_theta", 10000.0), max_position_embeddings=2048, tie_word_embeddings=False)
-    return {key: raw.get(key, default) for key, default in defaults.items()}
+                    rope_theta=10000.0, max_position_embeddings=2048)
+    fields = {key: number(raw | rope, key, default) for key, default in defaults.items()}  # rope_theta is in either
+    refuse_split(fields, "hidden_size", "num_attention_heads")
+    refuse_split(fields, "num_attention_heads", "num_key_value_heads")
+    return fields | {"tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
+
+
+VIT_L_336 = dict(image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096,
+                 num_hidden_layers=24, num_attention_heads=16)  # of a LLaVA that says nothing of its vision tower
 
 
 def llava_config(raw: dict) -> dict:
     """The fields of LlavaConfig, its two halves as dicts, from the config of a LLaVA."""
+    if "mm_vision_tower" in raw:
+        raise InputError("the layout of the original LLaVA code is not supported, only that of the llava-hf files")
     refuse_unless(raw, "model_type", ("llava",))
     refuse_unless(raw, "projector_hidden_act", ("gelu", "linear"), "gelu")
+    refuse_unless(raw, "multimodal_projector_bias", (True,), True)
     refuse_unless(raw, "vision_feature_select_strategy", ("default",), "default")
-    ours = raw.get("nanollava", {})  # what the public layout has no place for
-    vision, text = vision_config(raw), text_config(raw.get("text_config", {}))
-    text["vocab_size"] = ours.get("vocab_size", text["vocab_size"])
+    ours = section(raw, "nanollava")  # what the public layout has no place for
+    refuse_unless(ours, "template", TEMPLATES, "vicuna_v1")
+    vision, text = vision_config(section(raw, "vision_config") or VIT_L_336), text_config(section(raw, "text_config"))
+    text["vocab_size"] = number(ours, "vocab_size", text["vocab_size"])
+    text["tie_word_embeddings"] |= bool(raw.get("tie_word_embeddings"))
     layer, layers = raw.get("vision_feature_layer", -2), vision["num_hidden_layers"]
     if layer not in range(-layers - 1, layers + 1):
-        raise InputError(f"config.json: vision_feature_layer {layer!r} is not supported, "
-                         f"only one of the {layers} layers")
+        raise InputError(f"vision_feature_layer {layer!r} is not supported, only one of the {layers} layers")
     return dict(
         vision=vision, text=text,
         projector="linear" if raw.get("projector_hidden_act") == "linear" else "mlp2x_gelu",
         feature_layer=layer if layer < 0 else layer - layers - 1,  # counted from the end; 0 is before the first block
-        image_token_id=raw.get("image_token_id", raw.get("image_token_index", 32000)),
+        image_token_id=number(raw, "image_token_id", number(raw, "image_token_index", 32000)),
         template=ours.get("template", "vicuna_v1"), stage=ours.get("stage", 2),
     )
 
@@ -182,13 +227,20 @@ def drop_image_token(tensors: dict[str, torch.Tensor], vocab_size: int, image_to
 def read_tensors(folder: str | Path, rename=llama_name) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors by our names, memory-mapped: nothing is read before it is used."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        paths = [whole]
+    elif index.is_file():
+        try:
+            paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is no index: it does not say which file holds which tensor") from error
     else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise InputError(f"{folder} holds no *.safetensors")
+        raise InputError(f"{folder} holds neither {whole.name} nor {index.name} (*.bin are pickles, which are never "
+                         "opened here; `python prepare_data.py weights` downloads and rewrites them)")
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path} is missing, though {index.name} names it")
     tensors = {}
     for path in paths:
         try:
@@ -201,9 +253,18 @@ def read_tensors(folder: str | Path, rename=llama_name) -> dict[str, torch.Tenso
     return tensors
 
 
+def drop_tied(tensors: dict[str, torch.Tensor], wanted) -> None:
+    """Take out an lm_head that is tied to the embeddings and stands in the file all the same."""
+    for name in tensors.keys() - wanted:
+        embeddings = tensors.get(name.replace("lm_head.", "model.embed_tokens."))
+        if name.endswith("lm_head.weight") and embeddings is not None and torch.equal(tensors[name], embeddings):
+            del tensors[name]
+
+
 def load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder, dtype: torch.dtype, device) -> None:
     """Put tensors in the place of a module's parameters (which may be on the meta device), strictly."""
     wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+    drop_tied(tensors, wanted)
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is left over" for name in tensors.keys() - wanted.keys()]
     problems += [f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(wanted[name])}"

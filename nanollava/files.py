@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
+import time
 from pathlib import Path
 
 
@@ -12,9 +14,13 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message names it and says what to do about it."""
 
 
+FIRST = os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes; one of them talks
+
+
 def say(text: str) -> None:
     """Tell the user something; standard output is for results only."""
-    print(text, file=sys.stderr, flush=True)
+    if FIRST:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,8 +55,10 @@ def one_line_errors():
     try:
         yield
     except InputError as error:
+        if not FIRST:  # most mistakes are every process's; torchrun ends the others when the first one has told it
+            time.sleep(5)
         # one that comes from a DataLoader's worker has a whole traceback before it
-        say(f"error: {str(error).rpartition('InputError: ')[2].strip()}")
+        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         say("\nstopped")
@@ -92,11 +100,40 @@ def write_json(path: str | Path, value, indent: int | None = None) -> None:
         beside.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
 def read_json(path: str | Path):
     """The content of a JSON file. Raises InputError, naming the file, where there is none or it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+
+
+BETWEEN = re.compile(r"[\s,]*")  # what stands between the items of a JSON list
+
+
+def read_json_list(path: str | Path):
+    """The items of a JSON list, one by one, so that never all of a big one are in memory as Python's objects.
+
+    Raises InputError, naming the file, where there is none or it is not such a list.
+    """
+    text, decoder = read_text(path), json.JSONDecoder()
+    position = BETWEEN.match(text).end()
+    if text[position : position + 1] != "[":
+        raise InputError(f"{path} is not a JSON list")
+    position = BETWEEN.match(text, position + 1).end()
+    while text[position : position + 1] != "]":
+        try:
+            item, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        yield item
+        position = BETWEEN.match(text, position).end()

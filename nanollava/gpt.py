@@ -19,12 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 
 from .files import InputError, say
-from .web import Bearer, is_no_address, pause, secret
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one ledger are not kept apart
-    fcntl = None
+from .web import Bearer, is_no_address, lock, pause, secret
 
 OPENAI = "https://api.openai.com/v1"
 ATTEMPTS = 8  # of one request that the network or the server fails
@@ -173,11 +168,7 @@ class Ledger:
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.path} is in use by another run: wait for it, or choose another --out") from error
+        lock(self.file, self.path)
         self.file.truncate(self.load())
         return self
 

@@ -21,7 +21,7 @@ import torch
 from .checkpoint import write_tensors
 from .files import InputError
 from .progress import Progress
-from .web import Bearer, is_no_address, pause, secret
+from .web import Bearer, is_no_address, lock, pause, secret
 
 HUB = "https://huggingface.co"
 BLOCK = 1 << 16  # bytes; so much of what came last is lost where a connection breaks
@@ -132,23 +132,25 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
     for folder in (whole, pickles):
         folder.mkdir(parents=True, exist_ok=True)
     place = {name: (pickles if name.endswith(".bin") else whole) / name for name in names}
-    for stray in {*whole.iterdir()} - {*place.values()}:  # of a conversion that was killed
-        stray.unlink()
-    missing = sum(sizes[name] * (1 + name.endswith(".bin")) - size_of(place[name]) for name in names)
-    free = shutil.disk_usage(waiting).free
-    if missing > free:
-        raise InputError(f"{out}: {missing / 1e9:.1f} GB are to come, but the disk has {free / 1e9:.1f} GB left")
 
     def come() -> int:
         return sum(map(size_of, place.values())) // 10**6
 
-    with Progress(repository, sum(sizes.values()) // 10**6, "MB", come()) as progress:
-        for name in names:
-            download(f"{hub}/{repository}/resolve/{commit}/{name}", place[name], sizes[name], digests[name],
-                     lambda: progress.update(come()))
-    if any(pickles.iterdir()):
-        unpickle(sorted(pickles.iterdir()), whole)
-    whole.rename(out)
+    with open(waiting / "lock", "w") as file:
+        lock(file, out)
+        for stray in {*whole.iterdir()} - {*place.values()}:  # of a conversion that was killed
+            stray.unlink()
+        missing = sum(sizes[name] * (1 + name.endswith(".bin")) - size_of(place[name]) for name in names)
+        free = shutil.disk_usage(waiting).free
+        if missing > free:
+            raise InputError(f"{out}: {missing / 1e9:.1f} GB are to come, but the disk has {free / 1e9:.1f} GB left")
+        with Progress(repository, sum(sizes.values()) // 10**6, "MB", come()) as progress:
+            for name in names:
+                download(f"{hub}/{repository}/resolve/{commit}/{name}", place[name], sizes[name], digests[name],
+                         lambda: progress.update(come()))
+        if any(pickles.iterdir()):
+            unpickle(sorted(pickles.iterdir()), whole)
+        whole.rename(out)
     shutil.rmtree(waiting)
 
 

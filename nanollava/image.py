@@ -38,6 +38,18 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path} is not a picture that Pillow can read: {error}") from error
 
 
+def complaint(path: str | Path) -> str | None:
+    """What is wrong with a picture file, or None. Much faster than to open it: a JPEG is decoded at an eighth."""
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (1, 1))
+            picture.load()
+    except FileNotFoundError:
+        return f"no picture at {path}"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{path} is not a picture that Pillow can read: {error}"
+
+
 def preprocess(picture: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
     """A picture to float32 (3, size, size), normalised.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -32,6 +33,17 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever dtype its weights are kept in.
+
+    So the weights that learn are float32 while the arithmetic is bfloat16; and a processor that has no bfloat16
+    computes in float32 with weights that fit its memory in bfloat16 only.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -39,7 +51,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return self.weight.to(x.dtype) * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,10 +94,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         D, Q, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.grouped = KV != Q
-        self.q_proj = nn.Linear(D, Q * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(D, KV * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, KV * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(Q * config.head_dim, D, bias=False)
+        self.q_proj = Linear(D, Q * config.head_dim, bias=False)
+        self.k_proj = Linear(D, KV * config.head_dim, bias=False)
+        self.v_proj = Linear(D, KV * config.head_dim, bias=False)
+        self.o_proj = Linear(Q * config.head_dim, D, bias=False)
 
     def forward(self, x, positions, angles, mask=None, cache=None) -> torch.Tensor:
         B, T, _ = x.shape
@@ -106,9 +118,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, H = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, H, bias=False)
-        self.up_proj = nn.Linear(D, H, bias=False)
-        self.down_proj = nn.Linear(H, D, bias=False)
+        self.gate_proj = Linear(D, H, bias=False)
+        self.up_proj = Linear(D, H, bias=False)
+        self.down_proj = Linear(H, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -139,16 +151,19 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.dtype = None  # of the arithmetic; None: that of the weights
+        self.checkpointing = False  # in training, keep only what goes into a block, and compute it twice
         self.model = Trunk(config)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.embed_tokens(tokens)  # (B, T) -> (B, T, D)
+        embeds = self.model.embed_tokens(tokens)  # (B, T) -> (B, T, D)
+        return embeds.to(self.dtype or embeds.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)  # (..., D) -> (..., V)
+        return F.linear(hidden, head.weight.to(hidden.dtype))  # (..., D) -> (..., V)
 
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None):
         """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.
@@ -166,5 +181,8 @@ class Llama(nn.Module):
         angles = rotary_angles(positions, self.config)
         x = embeds
         for block in self.model.layers:
-            x = block(x, positions, angles, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, positions, angles, use_reentrant=False)
+            else:
+                x = block(x, positions, angles, mask, cache)
         return self.model.norm(x)

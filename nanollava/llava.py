@@ -14,9 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .conversation import IGNORE
-from .llama import KVCache, Llama, LlamaConfig
+from .llama import KVCache, Linear, Llama, LlamaConfig
+from .lora import merge_lora
 from .vision import VisionConfig, VisionTower
 
 
@@ -45,8 +46,8 @@ class Projector(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         D = config.text.hidden_size
-        self.linear_1 = nn.Linear(config.vision.hidden_size, D)
-        self.linear_2 = nn.Linear(D, D) if config.projector == "mlp2x_gelu" else None
+        self.linear_1 = Linear(config.vision.hidden_size, D)
+        self.linear_2 = Linear(D, D) if config.projector == "mlp2x_gelu" else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         x = self.linear_1(features)  # (N, P, D_vision) -> (N, P, D)
@@ -61,12 +62,17 @@ class Llava(nn.Module):
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text)
 
+    def compute_in(self, dtype: torch.dtype) -> "Llava":
+        """Do the arithmetic in `dtype`: the vision tower turns into it, the language model's weights stay as they are."""
+        self.vision_tower.to(dtype)
+        self.language_model.dtype = dtype
+        return self
+
     def see(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) to the language model's space, H_v (N, P, D). The class token is dropped."""
-        weight = self.multi_modal_projector.linear_1.weight
-        images = images.to(weight.device, self.vision_tower.embeddings.class_embedding.dtype)
-        features = self.vision_tower(images, self.config.feature_layer)[:, 1:]
-        return self.multi_modal_projector(features.to(weight.dtype))
+        weight = self.vision_tower.embeddings.class_embedding
+        features = self.vision_tower(images.to(weight.device, weight.dtype), self.config.feature_layer)[:, 1:]
+        return self.multi_modal_projector(features)
 
     def splice(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
         """Embeddings (B, T, D) of tokens (B, T), the picture tokens replaced in reading order by (N, P, D)."""
@@ -88,7 +94,12 @@ class Llava(nn.Module):
         """
         if images is not None:
             pictures = self.see(images)
-        hidden = self.language_model(self.splice(tokens, pictures))  # (B, T, D)
+        embeds = self.splice(tokens, pictures)  # (B, T, D)
+        if pictures is None and labels is not None and self.multi_modal_projector.linear_1.weight.requires_grad:
+            # the projector takes part, with nothing, so that all processes have the same gradients to share
+            size = self.config.image_size
+            embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size, device=tokens.device)).sum()
+        hidden = self.language_model(embeds)  # (B, T, D)
         if labels is None:
             return self.language_model.logits(hidden)
         targets = labels[:, 1:]
@@ -127,7 +138,7 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
         """A LLaVA folder: one of ours, or of the public Hugging Face layout."""
-        config = checkpoint.llava_config(checkpoint.read_config(folder))
+        config = checkpoint.read_config(folder, checkpoint.llava_config)
         parts = {"vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])}
         config = LlavaConfig(**config | parts)
         with torch.device("meta"):
@@ -143,8 +154,8 @@ class Llava(nn.Module):
     def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1", feature_layer=-2,
                    dtype=torch.float32, device="cpu") -> "Llava":
         """A CLIP folder and a LLaMA folder, with a fresh projector between them."""
-        vision = VisionConfig(**checkpoint.vision_config(checkpoint.read_config(vision_folder)))
-        text = LlamaConfig(**checkpoint.text_config(checkpoint.read_config(llm_folder)))
+        vision = VisionConfig(**checkpoint.read_config(vision_folder, checkpoint.vision_config))
+        text = LlamaConfig(**checkpoint.read_config(llm_folder, checkpoint.text_config))
         config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size, template=template)
         with torch.device("meta"):
             model = cls(config)
@@ -154,10 +165,20 @@ class Llava(nn.Module):
         model.multi_modal_projector = Projector(config).to(device, dtype)
         return model
 
-    def save_pretrained(self, folder: str | Path, files=()) -> None:
-        """Write config.json and safetensors in the public layout, and copies of `files` (the tokenizer.model)."""
-        tensors = checkpoint.llava_tensors(self.state_dict(), self.config.image_token_id)
-        checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), tensors, files)
+    def save_pretrained(self, folder: str | Path, files=(), dtype: torch.dtype | None = None) -> None:
+        """Write config.json and safetensors in the public layout, and copies of `files` (the tokenizer.model).
+
+        dtype: of the tensors in the file; None: as they are. A model cut over processes is put together tensor by
+        tensor; all processes must call this, and the first one writes.
+        """
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            tensor = parallel.whole(tensor)
+            if parallel.rank() == 0:
+                tensors[name] = tensor.to("cpu", dtype)
+        if parallel.rank() == 0:
+            tensors = checkpoint.llava_tensors(merge_lora(tensors), self.config.image_token_id)
+            checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), tensors, files)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

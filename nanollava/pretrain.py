@@ -198,16 +198,18 @@ def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps
             images = torch.stack([picture(things, toy.boxes(things, rng), rng) for things in scenes])
             yield scenes, images.to(device), [toy.caption(things, style) for things in scenes]
 
-    def loss_of(batch):
+    def learn(batch):
         scenes, images, captions = batch
         with torch.no_grad():
             clip.logit_scale.clamp_(max=math.log(100))
         logits = clip.logit_scale.exp() * clip.see(images) @ clip.read(captions).T  # (N, N)
         same = torch.tensor([[float(one == other) for other in scenes] for one in scenes], device=device)
         same /= same.sum(dim=1, keepdim=True)  # a scene that came twice has two right captions
-        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        loss.backward()
+        return loss.detach()
 
-    fit("toy CLIP ", loss_of, batches(), steps, muon(clip, 1.5e-3))
+    fit("toy CLIP ", learn, batches(), steps, muon(clip, 1.5e-3))
     clip.save(folder)
 
 
@@ -303,6 +305,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
     rng, drawn = random.Random(seed), toy.scenes(random.Random(seed))
     model = Llava(LlavaConfig(VISION, llama_config(len(tokenizer)), image_token_id=len(tokenizer)))
     initialize(model.language_model)
+    model.multi_modal_projector.requires_grad_(False)
     model.to(device)
     told = Told(model, tokenizer)
 
@@ -321,12 +324,14 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
             words = None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
             yield tokens.to(device), labels.to(device), words
 
-    def loss_of(batch):
+    def learn(batch):
         tokens, labels, words = batch
         pictures = None if words is None else told(words, rng, forget=0.1, noise=0.3)
-        return model(tokens, labels=labels, pictures=pictures)
+        loss = model(tokens, labels=labels, pictures=pictures)
+        loss.backward()
+        return loss.detach()
 
-    fit("toy LLaMA", loss_of, batches(), steps, muon(model.language_model, 1.2e-3))
+    fit("toy LLaMA", learn, batches(), steps, muon(model.language_model, 1.2e-3))
     tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
     checkpoint.write(folder, checkpoint.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
 

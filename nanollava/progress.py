@@ -3,6 +3,8 @@
 import sys
 import time
 
+from .files import FIRST
+
 CLEAR = "\r\033[K"  # back to the beginning of the line, and wipe it
 
 
@@ -30,7 +32,7 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         """Say how far it is; cheap enough to be called for every single thing."""
         self.last, now = (done, note), time.monotonic()
-        if now - self.shown >= (0.1 if sys.stderr.isatty() else 10):
+        if FIRST and now - self.shown >= (0.1 if sys.stderr.isatty() else 10):
             self.shown = now
             self.show(end="" if sys.stderr.isatty() else "\n")
 
@@ -49,7 +51,7 @@ class Progress:
         print(f"{CLEAR if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
 
     def __exit__(self, *error) -> None:
-        if self.last:
+        if self.last and FIRST:
             self.show(end="\n")
 
 

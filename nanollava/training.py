@@ -4,16 +4,21 @@ AdamW without weight decay, 3 % linear warm-up, cosine to zero, gradient norm cl
 numbers. Muon is there for the toy world's tiny networks, which it teaches in fewer steps.
 """
 
+import contextlib
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from .files import InputError
+from . import parallel
+from .conversation import IGNORE
+from .files import InputError, say, whole_file
 from .progress import Progress
+from .resume import Checkpoints
 
 
 def best_device(wanted: str | None = None) -> str:
@@ -59,14 +64,18 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append(matrix)
             for matrices in by_shape.values():
-                gradient = torch.stack([matrix.grad.flatten(1) for matrix in matrices])  # (matrices, rows, columns)
-                state = self.state[matrices[0]]
-                average = state.setdefault("average", torch.zeros_like(gradient))
-                average.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonal(gradient.lerp(average, group["momentum"]))
-                scale = max(1, gradient.shape[1] / gradient.shape[2]) ** 0.5
+                update = []
+                for matrix in matrices:
+                    state = self.state[matrix]
+                    if not state:
+                        state["average"] = torch.zeros_like(matrix)
+                    state["average"].lerp_(matrix.grad, 1 - group["momentum"])
+                    ahead = matrix.grad.lerp(state["average"], group["momentum"])
+                    update.append(parallel.whole(ahead).flatten(1))
+                update = orthogonal(torch.stack(update))  # (matrices, rows, columns)
+                scale = max(1, update.shape[1] / update.shape[2]) ** 0.5
                 for matrix, change in zip(matrices, update):
-                    matrix.sub_(change.view_as(matrix), alpha=group["lr"] * scale)
+                    matrix.sub_(parallel.like(change.view(matrix.shape), matrix), alpha=group["lr"] * scale)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +91,8 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 def adamw(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """The paper's optimizer."""
-    return [torch.optim.AdamW(module.parameters(), lr, weight_decay=0.0)]
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [torch.optim.AdamW(learning, lr, weight_decay=0.0, fused=learning[0].is_cuda or None)]
 
 
 def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -92,50 +102,149 @@ def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """
     matrices, rest = [], []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         in_block = parameter.ndim == 2 and ".layers." in name
         (matrices if in_block or parameter.ndim == 4 else rest).append(parameter)
     optimizers = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
     return [Muon(matrices, lr * 20 / 3), *optimizers] if matrices else optimizers
 
 
-def fit(
-    label: str, loss_of: Callable, batches: Iterable, steps: int, optimizers: list[torch.optim.Optimizer],
-    log: Path | None = None, tokens_of: Callable = lambda batch: 0,
-) -> None:
-    """Take one optimizer step for each of `steps` batches: loss_of(batch) is the loss to go down.
+def losses(model: torch.nn.Module, batch, device: str):
+    """Yield for each micro-batch its mean loss, and how many tokens are learned in it."""
+    for tokens, labels, images in batch:
+        learned = int((labels[:, 1:] != IGNORE).sum())
+        tokens, labels, images = (None if tensor is None else tensor.to(device, non_blocking=True)
+                                  for tensor in (tokens, labels, images))
+        yield model(tokens, images, labels), learned
 
-    `log` gets one JSON object a step: step, loss, lr, tokens per second, seconds. Raises InputError if the loss
-    or the gradient is not a number any more.
+
+def learner(model: torch.nn.Module, device: str) -> Callable:
+    """What `fit` calls for a batch of LLaVA's: gradients of the mean loss over every token that is learned in it.
+
+    A batch is a list of micro-batches here, and more of them in other processes; each of those tokens weighs the
+    same, wherever it is.
+    """
+
+    def learn(batch) -> torch.Tensor:
+        counts = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels, _ in batch)
+        count = parallel.total(torch.tensor(float(counts), device=device))
+        total = torch.zeros((), device=device)
+        for loss, learned in losses(model, batch, device):
+            loss = loss * (learned / count)
+            (loss * parallel.world()).backward()  # for fully_shard takes the mean over processes, and this is a sum
+            total += loss.detach()
+        return parallel.total(total)
+
+    return learn
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, batches, device: str) -> float:
+    """The mean loss over every token of the batches that would be learned."""
+    total = torch.zeros(2, device=device)  # loss, tokens
+    for batch in batches:
+        for loss, learned in losses(model, batch, device):
+            total += torch.stack([loss * learned, torch.full_like(loss, learned)])
+    loss, count = parallel.total(total).tolist()
+    return loss / count
+
+
+class Log:
+    """What is told of a run: log.jsonl, one object a step, and the progress line. Only the first process tells."""
+
+    def __init__(self, label: str, path: Path | None, start: int, steps: int):
+        self.label, self.first, self.average = label, parallel.rank() == 0, None
+        self.best, self.before, self.lines = math.inf, 0.0, None  # lowest held-out loss; seconds before this start
+        if path and self.first:
+            rows = [] if start == 0 else [json.loads(line) for line in path.open() if line.endswith("\n")]
+            rows = [row for row in rows if row["step"] < start]  # what a stopped run did after its last checkpoint
+            self.best = min((row["held_out_loss"] for row in rows if "held_out_loss" in row), default=math.inf)
+            self.before = rows[-1]["seconds"] if rows else 0.0
+            with whole_file(path) as beside:
+                beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self.lines = open(path, "a", buffering=1)
+        self.progress = Progress(label, steps, "steps", start)
+        self.begin = self.last = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.__exit__(*error)
+        if self.lines:
+            self.lines.close()
+
+    def tell(self, step: int, now: float, loss: float, lr: float, tokens: int, held_out: float | None) -> None:
+        if not self.first:
+            return
+        row = {"step": step, "loss": loss, "lr": lr, "tokens_per_second": round(tokens / max(now - self.last, 1e-9)),
+               "seconds": round(self.before + now - self.begin, 3)}
+        if held_out is not None:
+            row["held_out_loss"], self.best = held_out, min(self.best, held_out)
+        if self.lines:
+            self.lines.write(json.dumps(row) + "\n")
+        self.last, self.average = now, loss if self.average is None else 0.95 * self.average + 0.05 * loss
+        self.progress.update(step + 1, f"loss {self.average:.3f}")
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """Yield a list that is empty until Ctrl-C or SIGTERM comes; a second one ends the program at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    label: str, learn: Callable, batches: Iterable, steps: int, optimizers: list[torch.optim.Optimizer],
+    log: Path | None = None, tokens_of: Callable = lambda batch: 0, checkpoints: Checkpoints | None = None,
+    start: int = 0, every: int = 0, validate: Callable | None = None, rows_of: Callable = lambda step: "",
+) -> None:
+    """Take an optimizer step for each of the batches, from step `start` on.
+
+    learn(batch) puts the gradients into the parameters and returns the loss. `log` gets one JSON object a step:
+    step, loss, lr, tokens per second, seconds. After `every` steps, if not 0, the `checkpoints` are saved, and
+    validate(lowest held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and SIGTERM save and
+    end the program. Raises InputError, with rows_of(step), if loss or gradient is not a number any more.
     """
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    start, average = time.monotonic(), None
-    lines = open(log, "w", buffering=1) if log else None
-    try:
-        with Progress(label, steps, "steps") as progress:
-            last = start
-            for step, batch in zip(range(steps), batches):
-                for optimizer, peak in zip(optimizers, peaks):
-                    optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-                loss = loss_of(batch)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                value, norm = loss.item(), norm.item()
-                if not math.isfinite(value + norm):
-                    raise InputError(f"{label}: at step {step} the loss is {value}, the length of the gradient {norm}; "
-                                     "lower the learning rate (--lr)")
-                average = value if average is None else 0.95 * average + 0.05 * value
-                now = time.monotonic()
-                if lines:
-                    row = {"step": step, "loss": value, "lr": learning_rate(step, steps, peaks[-1]),
-                           "tokens_per_second": round(tokens_of(batch) / (now - last)),
-                           "seconds": round(now - start, 3)}
-                    lines.write(json.dumps(row) + "\n")
-                last = now
-                progress.update(step + 1, f"loss {average:.3f}")
-    finally:
-        if lines:
-            lines.close()
+    waiting, stop = [], False  # numbers are read when the next step is under way, so that the device never waits
+    with Log(label, log, start, steps) as tell, asked_to_stop() if checkpoints else contextlib.nullcontext() as asked:
+        for step, batch in zip(range(start, steps), batches):
+            for optimizer, peak in zip(optimizers, peaks):
+                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+            loss = learn(batch)
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            wanted = parallel.total(torch.tensor(float(bool(asked)), device=loss.device))  # by any process
+            waiting.append((step, time.monotonic(), tokens_of(batch), torch.stack([loss, norm, wanted])))
+
+            due = step + 1 == steps or every and (step + 1) % every == 0
+            while len(waiting) > (0 if due or stop else 1):
+                number, now, tokens, numbers = waiting.pop(0)
+                value, length, wanted = numbers.tolist()
+                if not math.isfinite(value + length):
+                    raise InputError(f"{label}: at step {number} the loss is {value}, the length of the gradient "
+                                     f"{length}; lower the learning rate (--lr){rows_of(number)}")
+                held_out = validate(tell.best) if validate and due and not waiting else None
+                tell.tell(number, now, value, learning_rate(number, steps, peaks[-1]), tokens, held_out)
+                stop = stop or wanted > 0
+            if checkpoints and step + 1 < steps and (due or stop):
+                checkpoints.save(step + 1)
+            if stop and step + 1 < steps:
+                say(f"stopped after {step + 1} of {steps} steps, and saved; --resume goes on from there")
+                raise SystemExit(128 + (asked or [signal.SIGINT])[0])

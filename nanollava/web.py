@@ -1,4 +1,5 @@
-"""What the two that speak HTTP share, the downloader and the teacher's client: keys that nobody sees, and patience."""
+"""What the two that speak HTTP share, the downloader and the teacher's client: keys that nobody sees, patience, and files
+that one run at a time may write."""
 
 import math
 import os
@@ -9,6 +10,11 @@ from time import time
 import requests
 
 from .files import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one file are not kept apart
+    fcntl = None
 
 LONGEST_WAIT = 3600.0  # seconds between two attempts, however long a server asks for
 
@@ -51,3 +57,12 @@ def pause(attempt: int, headers) -> float:
             pass
     asked = seconds if math.isfinite(seconds) else 0.0
     return min(max(2.0 ** (attempt - 1), asked), LONGEST_WAIT) * random.uniform(1.0, 1.5)
+
+
+def lock(file, name) -> None:
+    """Keep an open file for this run until it is closed. Raises InputError, saying that `name` is in use, if it is."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{name} is in use by another run: wait for it, or choose another --out") from error

@@ -1,10 +1,11 @@
 import json
+import shutil
 
 import pytest
 import torch
 
 from nanollava.conversation import IGNORE
-from nanollava.data import Conversations, batch_order, collate, loader
+from nanollava.data import Conversations, batch_order, collate, load_batches
 from nanollava.files import InputError
 
 GOOD = {"id": "7", "image": "train_000000.png",
@@ -13,7 +14,7 @@ GOOD = {"id": "7", "image": "train_000000.png",
 
 def load(rows, world, tokenizer, config, tmp_path, **options):
     (tmp_path / "chat.json").write_text(json.dumps(rows))
-    return Conversations(tmp_path / "chat.json", world / "images", tokenizer, config, **options)
+    return Conversations([(tmp_path / "chat.json", world / "images")], tokenizer, config, **options)
 
 
 def test_a_row_is_its_tokens_its_labels_and_its_pixels(world, tokenizer, config, tmp_path):
@@ -52,25 +53,64 @@ def test_rows_without_pictures_may_stand_among_the_others(world, tokenizer, conf
     assert len(padding) and (labels[0, padding] == IGNORE).all()
 
 
+def test_all_bad_rows_are_counted_and_ten_named_before_the_first_step(world, tokenizer, config, tmp_path):
+    (tmp_path / "broken.png").write_bytes((world / "images" / "train_000000.png").read_bytes()[:-40])
+    (tmp_path / "page.png").write_text("<html>not found</html>")
+    bad = [{**GOOD, "image": f"gone{number}.png"} for number in range(10)]
+    bad += [{**GOOD, "image": str(tmp_path / name)} for name in ("broken.png", "page.png")] + [{"id": "8"}]
+    with pytest.raises(InputError, match=r"^13 of 14 rows .*--skip-bad.*row 0 .*gone0.png; .*row 9 .*; and 3 more$"):
+        load([*bad, GOOD], world, tokenizer, config, tmp_path)
+    for row, complaint in ((bad[-3], "broken.png is not a picture"), (bad[-2], "page.png is not a picture")):
+        with pytest.raises(InputError, match=complaint):
+            load([GOOD, row], world, tokenizer, config, tmp_path)
+    dataset = load([*bad, GOOD, bad[0]], world, tokenizer, config, tmp_path, skip_bad=True)
+    assert (len(dataset), dataset.skipped) == (1, 14) and dataset.name(0).endswith("chat.json, row 13 (id 7)")
+    with pytest.raises(InputError, match="13 of 13 rows"):
+        load(bad, world, tokenizer, config, tmp_path, skip_bad=True)
+
+
+def test_several_files_with_a_folder_each(world, tokenizer, config, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps([GOOD] * 3))
+    (tmp_path / "two.json").write_text(json.dumps([{**GOOD, "image": "cat.png"}]))
+    shutil.copy(world / "images" / "train_000001.png", tmp_path / "cat.png")
+    sources = [(tmp_path / "one.json", world / "images"), (tmp_path / "two.json", tmp_path)]
+    dataset = Conversations(sources, tokenizer, config)
+    assert len(dataset) == 4 and dataset.name(3) == f"{tmp_path / 'two.json'}, row 0 (id 7)"
+    assert not torch.equal(dataset[0][2][0], dataset[3][2][0])
+
+
+def test_lengths_are_known_well_enough_to_sort_by(world, tokenizer, config):
+    dataset = Conversations([(world / "instruct.json", world / "images")], tokenizer, config)
+    exact = torch.tensor([float(len(tokens)) for tokens, _, _ in dataset])
+    assert torch.corrcoef(torch.stack([exact, torch.tensor(dataset.lengths, dtype=torch.float)]))[0, 1] > 0.95
+
+
 def test_an_epoch_is_every_row_once_in_batches_of_like_lengths():
     lengths = [10, 200] * 40
-    batches = batch_order(lengths, batch_size=8, seed=0)
-    assert sorted(row for batch in batches for row in batch) == list(range(80))
-    assert all(len({lengths[row] for row in batch}) == 1 for batch in batches)
-    assert batch_order(lengths, 8, seed=0) == batches != batch_order(lengths, 8, seed=1)
+    order = batch_order(lengths, batch_size=8, steps=25, seed=0)
+    assert sorted(row for batch in order[:10] for row in batch) == list(range(80))
+    assert sorted(row for batch in order[10:20] for row in batch) == list(range(80))
+    assert order[:10] != order[10:20] and len(order) == 25
+    assert all(len({lengths[row] for row in batch}) == 1 for batch in order)
+    assert batch_order(lengths, 8, 25, seed=0) == order != batch_order(lengths, 8, 25, seed=1)
 
 
-def test_the_loader_goes_on_with_another_epoch(world, tokenizer, config, tmp_path):
+def test_a_small_data_set_fills_a_batch_by_coming_again():
+    order = batch_order([5, 6, 7], batch_size=8, steps=2, seed=0)
+    assert [len(rows) for rows in order] == [8, 8] and {*order[0]} == {0, 1, 2}
+
+
+def test_batches_come_in_micro_batches(world, tokenizer, config, tmp_path):
     dataset = load([GOOD] * 5, world, tokenizer, config, tmp_path)
-    batches = list(loader(dataset, batch_size=2, steps=7, seed=0))
-    assert [len(tokens) for tokens, _, _ in batches] == [2] * 7
-    assert torch.is_tensor(batches[0][2])
+    batches = list(load_batches(dataset, [[0, 1, 2], [3, 4, 0]], micro_batch=2))
+    assert [[len(tokens) for tokens, _, _ in batch] for batch in batches] == [[2, 1], [2, 1]]
+    assert batches[0][0][2].shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("[", "is not JSON"), ("{}", "is not a list"), ("[]", "is not a list"), ("[3]", "row 0: it has no 'conv"),
+    ("[", "is not JSON"), ("{}", "is not a JSON list"), ("[]", "is empty"), ("[1", "is not JSON"), ("[3]", "row 0: it has no 'conv"),
 ])
 def test_a_file_that_is_no_list_of_conversations_is_refused(world, tokenizer, config, tmp_path, content, complaint):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(InputError, match=complaint):
-        Conversations(tmp_path / "bad.json", world / "images", tokenizer, config)
+        Conversations([(tmp_path / "bad.json", world / "images")], tokenizer, config)

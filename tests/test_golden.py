@@ -65,22 +65,25 @@ def test_a_layer_may_be_counted_from_the_front(llava, tmp_path):
     assert Llava.from_pretrained(tmp_path / "llava").config == llava.config
 
 
-def test_transformers_reads_what_we_write(tmp_path):
-    """golden/linear was saved by nanollava with a linear projector; its logits were computed by transformers."""
-    model = Llava.from_pretrained(GOLDEN / "linear")
-    assert model.config.projector == "linear"
-    vocabulary = model.config.text.vocab_size
-    assert model.config.image_token_id == vocabulary  # past the vocabulary; the file has a row for it all the same
-    tokens, images = VALUES["linear tokens"][None], see("flat.png")
-    assert_same(model(tokens, images)[0], VALUES["linear logits"][:, :vocabulary])
+@pytest.mark.parametrize("folder, dtype, shard", [("linear", torch.float16, checkpoint.SHARD),
+                                                  ("mlp", torch.bfloat16, 20_000)])
+def test_transformers_reads_what_we_write(tmp_path, monkeypatch, folder, dtype, shard):
+    """These were saved by nanollava, with a linear projector and with LLaVA-1.5's; transformers computed the logits."""
+    model = Llava.from_pretrained(GOLDEN / folder)
+    tokens, images = VALUES[f"{folder} tokens"][None], see("flat.png")
+    # the linear one's picture token is past the vocabulary; the file has a row for it all the same
+    assert_same(model(tokens, images)[0], VALUES[f"{folder} logits"][:, : model.config.text.vocab_size])
     said = torch.cat(list(model.generate(tokens, images, max_new_tokens=12)))
-    assert said.tolist() == VALUES["linear said"].tolist()
+    assert said.tolist() == VALUES[f"{folder} said"].tolist()
 
-    model.half().save_pretrained(tmp_path)  # and it is what we write today
-    again, golden = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / "linear" / "model.safetensors")
-    assert again.keys() == golden.keys() and all(torch.equal(again[name], golden[name]) for name in golden)
-    again, golden = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, GOLDEN / "linear"))
-    assert again == golden
+    monkeypatch.setattr(checkpoint, "SHARD", shard)
+    model.to(dtype).save_pretrained(tmp_path)  # and it is what we write today
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (GOLDEN / folder).iterdir()}
+    for path in (GOLDEN / folder).glob("*.safetensors"):
+        again, golden = load_file(tmp_path / path.name), load_file(path)
+        assert again.keys() == golden.keys() and all(torch.equal(again[name], golden[name]) for name in golden)
+    for path in (GOLDEN / folder).glob("*.json"):
+        assert json.loads((tmp_path / path.name).read_text()) == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("clip", ["clip", "clip-vision"])
@@ -95,7 +98,7 @@ def test_a_clip_and_a_llama_become_the_parts_of_a_llava(clip):
 
 def test_the_golden_values_would_notice():
     """The models are lively enough to tell a wrong detail from rounding: here the base of the rotary angles."""
-    config = checkpoint.text_config(checkpoint.read_config(GOLDEN / "llama"))
+    config = checkpoint.read_config(GOLDEN / "llama", checkpoint.text_config)
     llama = Llama(LlamaConfig(**config | {"rope_theta": 10000.0}))
     checkpoint.load(llama, checkpoint.read_tensors(GOLDEN / "llama"), GOLDEN / "llama", torch.float32, "cpu")
     logits = llama.logits(llama(llama.embed(VALUES["llama tokens"][None])))[0]

@@ -169,6 +169,18 @@ def test_what_a_killed_conversion_left_is_not_shipped(server, tmp_path):
     assert not list((tmp_path / "model").glob(".*"))
 
 
+def test_two_runs_into_one_folder_are_kept_apart(server, tmp_path, monkeypatch):
+    def begin_another(_):
+        with pytest.raises(InputError, match="model is in use by another run: wait for it, or choose another --out"):
+            hub.fetch("someone/model", tmp_path / "model")
+
+    server.moods = [None, None, "break"]
+    monkeypatch.setattr(hub.time, "sleep", begin_another)  # while the first waits for its connection
+    hub.fetch("someone/model", tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_redirects_are_followed(server, tmp_path):
     server.moods = ["redirect"]
     hub.fetch("someone/model", tmp_path / "model")

@@ -7,6 +7,17 @@ from nanollava.files import InputError
 from nanollava.training import Muon, best_device, fit, learning_rate, muon, orthogonal
 
 
+def downhill(loss_of):
+    """What `fit` wants: a function that makes gradients and returns the loss."""
+
+    def learn(batch):
+        loss = loss_of(batch)
+        loss.backward()
+        return loss.detach()
+
+    return learn
+
+
 def test_the_rate_rises_for_three_percent_and_falls_to_nothing():
     rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(2.0 / 30) and rates[29] == 2.0 and rates[30] == 2.0
@@ -26,7 +37,7 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_strengths():
 def test_fit_goes_downhill_and_logs_every_step(tmp_path, optimizer):
     weight = torch.nn.Parameter(torch.randn(3, 3))
     target = torch.eye(3)
-    fit("test", lambda _: (weight - target).square().mean(), range(100), 100, [optimizer([weight])],
+    fit("test", downhill(lambda _: (weight - target).square().mean()), range(100), 100, [optimizer([weight])],
         tmp_path / "log.jsonl", lambda _: 5)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(100))
@@ -36,7 +47,8 @@ def test_fit_goes_downhill_and_logs_every_step(tmp_path, optimizer):
 
 def test_fit_follows_the_schedule(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
-    fit("test", lambda _: weight.sum(), range(50), 50, [torch.optim.SGD([weight], lr=2.0)], tmp_path / "log.jsonl")
+    fit("test", downhill(lambda _: weight.sum()), range(50), 50, [torch.optim.SGD([weight], lr=2.0)],
+        tmp_path / "log.jsonl")
     rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]
     torch.testing.assert_close(weight.item(), -sum(rates), rtol=1e-4, atol=0)  # the gradient is 1 throughout
@@ -55,14 +67,16 @@ def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw(model):
 
 def test_a_gradient_is_clipped_to_norm_one():
     weight = torch.nn.Parameter(torch.zeros(2))
-    fit("test", lambda _: (weight * torch.tensor([300.0, 400.0])).sum(), [0], 1, [torch.optim.SGD([weight], lr=1.0)])
+    learn = downhill(lambda _: (weight * torch.tensor([300.0, 400.0])).sum())
+    fit("test", learn, [0], 1, [torch.optim.SGD([weight], lr=1.0)])
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
 
 
-def test_a_loss_that_is_no_number_stops_the_run():
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows():
     weight = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(InputError, match="at step 0 the loss is nan.* lower the learning rate"):
-        fit("test", lambda _: weight.sum() * float("nan"), [0], 1, [torch.optim.SGD([weight], lr=1.0)])
+    learn = downhill(lambda batch: weight.sum() * (float("nan") if batch == 2 else 1))
+    with pytest.raises(InputError, match="at step 2 the loss is nan.* lower the learning rate .*: row 7"):
+        fit("test", learn, range(5), 5, [torch.optim.SGD([weight], lr=1.0)], rows_of=lambda step: f": row {step + 5}")
 
 
 def test_a_device_that_is_not_there_is_told():

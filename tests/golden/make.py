@@ -8,6 +8,7 @@ environment of its own, from the root of the repository (the same versions give 
 
     llava/         LlavaForConditionalGeneration as transformers saves it: 3 ViT blocks, shared key/value heads
     linear/        a LLaVA with the paper's linear projector as *nanollava* saves it, opened by transformers
+    mlp/           one with LLaVA-1.5's projector, tied embeddings and layer -1, in bfloat16, in several files
     llama/         LlamaForCausalLM, tied embeddings, rope_theta 500000, in several files with an index
     clip/          CLIPModel: the ViT of llava/ with a text tower beside it
     clip-vision/   CLIPVisionModel: the same ViT alone
@@ -123,6 +124,19 @@ def make_linear(pixels):
     return answers(model, [1, *numbers(2, 5), *[text.vocab_size] * IMAGE_LENGTH, *numbers(6, 6)], pixels[:1])
 
 
+def make_mlp(pixels):
+    """The same with the other projector. The picture's token is in the vocabulary, as in the public LLaVA-1.5."""
+    from nanollava import Llava, checkpoint, llama, llava, vision
+
+    text = llama.LlamaConfig(**TEXT | {"num_hidden_layers": 1}, tie_word_embeddings=True)
+    tower = vision.VisionConfig(**VISION | {"num_hidden_layers": 1})
+    config = llava.LlavaConfig(tower, text, "mlp2x_gelu", feature_layer=-1, image_token_id=IMAGE_TOKEN, stage=2)
+    checkpoint.SHARD = 20_000
+    randomize(Llava(config), seed=4).bfloat16().save_pretrained(HERE / "mlp")
+    model = open_strictly(LlavaForConditionalGeneration, "mlp")
+    return answers(model, [1, *numbers(2, 5), *[IMAGE_TOKEN] * IMAGE_LENGTH, *numbers(6, 6)], pixels[:1])
+
+
 def make_llama():
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     config = LlamaConfig(**TEXT, tie_word_embeddings=True, rope_parameters=rope)
@@ -173,7 +187,7 @@ def make_pixels():
     paths = sorted((HERE / "pictures").iterdir())
     pixels = {path.name: processed(path) for path in paths}
     pixels |= {f"{path.name} padded": processed(path, processor=LlavaImageProcessorPil, do_pad=True)
-               for path in paths if path.stem in ("flat", "upright", "RGBA")}
+               for path in paths if path.stem in ("flat", "upright", "RGBA", "CMYK", "I16", "EXIF-turned")}
     large = processed(HERE / "pictures/flat.png", 224)
     pixels["flat.png at 224, sha256"] = np.frombuffer(hashlib.sha256(large.astype("<f4").tobytes()).digest(), np.uint8)
     pixels["flat.png at 224, every 37th"] = large[:, ::37, ::37]
@@ -184,13 +198,13 @@ def make_pixels():
 def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for folder in ("llava", "linear", "llama", "clip", "clip-vision", "pictures"):
+    for folder in ("llava", "linear", "mlp", "llama", "clip", "clip-vision", "pictures"):
         shutil.rmtree(HERE / folder, ignore_errors=True)
     make_pictures()
     pixels = make_pixels()
     np.savez_compressed(HERE / "pixels.npz", **pixels)
     images = torch.from_numpy(np.stack([pixels["flat.png"], pixels["upright.png"]]))
-    made = {"llava": make_llava(images), "linear": make_linear(images), "llama": make_llama()}
+    made = {"llava": make_llava(images), "linear": make_linear(images), "mlp": make_mlp(images), "llama": make_llama()}
     values = {f"{model} {key}": value.numpy() for model, values in made.items() for key, value in values.items()}
     np.savez_compressed(HERE / "values.npz", **values)
 

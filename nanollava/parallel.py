@@ -1,0 +1,88 @@
+"""One process or many: what torchrun started, and the model cut into shards over its processes.
+
+With `torchrun train.py`, every process works on its part of each batch and owns a slice of every weight, gradient
+and optimizer state (FSDP2, `fully_shard`; ZeRO stage 3 in the paper's appendix). With plain `python train.py` there
+is one process, and nothing here does anything.
+"""
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def start(device: str) -> str:
+    """Join the processes that torchrun started, if it did; returns this one's device, "cuda:3" where it was "cuda"."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return device
+
+
+def rank() -> int:
+    """The number of this process; 0 tells the user things and writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gathered(items: list) -> list:
+    """What every process has in its list, one after the other."""
+    lists = [None] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+    return items
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all its slices; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, cut as `other` is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return torch.distributed.tensor.distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def place(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> None:
+    """Put a model's weights where they will be trained: what learns in float32, what is frozen in `dtype`.
+
+    Over several processes each of `blocks`, then what is left, becomes a unit: its weights are gathered, in `dtype`,
+    when it is their turn, and its gradients are averaged in float32. Tensors come from memory-mapped files and go
+    block by block, so no process ever holds more than one block of the whole in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in (*blocks, model):
+        for parameter in unit.parameters():
+            if not isinstance(parameter, DTensor):
+                kept = torch.float32 if parameter.requires_grad else dtype
+                parameter.data = parameter.data.to("cpu" if world() > 1 else device, kept)
+        if world() > 1:
+            mesh = torch.distributed.init_device_mesh(device.partition(":")[0], (world(),))
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
