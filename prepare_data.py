@@ -12,11 +12,10 @@
 import random
 from pathlib import Path
 
-from nanollava import gpt, hub, teacher
+from nanollava import gpt, teacher
 from nanollava.captions import write_pretrain
 from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
-from nanollava.data import stats
 from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy import write_world
@@ -56,7 +55,7 @@ def parse_arguments():
     add("--max-tokens", type=positive(int), default=float("inf"),
         help="of all runs on this FILE together; what is under way then still comes")
     add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars for a million tokens")
-    add("--timeout", type=positive(float), default=600.0, help="seconds without a word from it (default: %(default)s)")
+    add("--timeout", type=positive(float), default=600.0, help="seconds for one answer (default: %(default)s)")
     add("--seed", type=int, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
     command.set_defaults(run=ask_teacher)
@@ -122,39 +121,52 @@ def ask_teacher(arguments) -> None:
     if not pictures:
         raise InputError(f"{arguments.captions} has no picture with a caption")
     pictures = pictures[: arguments.limit]
-    if arguments.dry_run:
-        job = teacher.Job(kind, pictures, {}, model, arguments.seed)
-        for message in job.messages(pictures[0]):
-            print(f"[{message['role']}]\n{message['content']}\n")
-        read = sum(len(message["content"]) for picture in pictures for message in job.messages(picture)) // 4
-        example = sum(len(replies[kind]) for *_, replies in teacher.EXAMPLES) / len(teacher.EXAMPLES)
-        written = int(len(pictures) * example / 4)
-        say(f"{len(pictures)} pictures, about {read} tokens to read and {written} to write, at 4 letters a token"
-            + (f": ${teacher.dollars(read, written, arguments.price):.2f}" if any(arguments.price) else ""))
-        return
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
-    with gpt.Ledger(path) as ledger:
-        others = {(answer.get("kind"), answer.get("model")) for answers in ledger.lines.values() for answer in answers}
-        if others - {(kind, model)}:
-            raise InputError(f"{path} holds answers of another --kind or --model "
-                             f"{sorted(map(str, others))}: choose another --out")
-        job, failed = teacher.Job(kind, pictures, ledger, model, arguments.seed), {}
+    ledger = gpt.Ledger(path)
+    job = teacher.Job(kind, pictures, ledger, model, arguments.seed)
+    if arguments.dry_run:
+        ledger.load()
+        print_plan(job, arguments.price)
+        return
+    with ledger:
+        missing, failed = job.open(), {}
         try:
-            if job.open():
+            if missing:
                 chat = gpt.Chat(model, arguments.base_url, timeout=arguments.timeout)
                 failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
         finally:  # what was paid for is handed over, however it ended
-            rows = [row for row in map(job.row, pictures) if row]
-            if rows:
-                write_json(out, rows)
-                say(f"{len(rows)} of {len(pictures)} pictures; {job.rejected()} replies were rejected; "
-                    f"{ledger.prompt_tokens} tokens read and {ledger.completion_tokens} written in all")
+            written = hand_over(job, out)
     for problem, count in failed.items():
         say(f"{count} failed: {problem}")
-    if rows:
+    if written:
         print(out)
+
+
+def hand_over(job: teacher.Job, out: Path) -> bool:
+    """Write what the ledger has, and say what it has not; whether there was anything to write."""
+    rows, rejected, given_up = job.result()
+    if rows:
+        write_json(out, rows)
+    if job.ledger.lines:
+        say(f"{len(rows)} of {len(job.pictures)} pictures, {given_up} given up after {teacher.TRIES} replies, "
+            f"{len(job.pictures) - len(rows) - given_up} still to be asked about; "
+            f"{job.ledger.prompt_tokens} tokens read and {job.ledger.completion_tokens} written in all")
+    for reason, count in rejected.most_common():
+        say(f"{count} rejected: {reason}")
+    return bool(rows)
+
+
+def print_plan(job: teacher.Job, prices: tuple[float, float]) -> None:
+    """What would be asked about one picture, and what all that is not yet in the ledger would cost."""
+    missing = job.open()
+    for message in job.messages((missing or job.pictures)[0]):
+        print(f"[{message['role']}]\n{message['content']}\n")
+    read, written = job.estimate(missing)
+    say(f"{len(missing)} of {len(job.pictures)} pictures are still to be asked about: "
+        f"about {read} tokens to read and {written} to write"
+        + (f", ${teacher.dollars(read, written, prices):.2f}" if any(prices) else ""))
 
 
 def expand_captions(arguments) -> None:
@@ -164,6 +176,8 @@ def expand_captions(arguments) -> None:
 
 
 def print_stats(arguments) -> None:
+    from nanollava.data import stats  # here, as in download_weights: torch is seconds that no other command waits for
+
     numbers, broken = stats(arguments.data)
     for name, number in numbers.items():
         print(f"{name.replace('_', ' '):<24}{number:>12,.{0 if number == int(number) else 1}f}")
@@ -172,6 +186,8 @@ def print_stats(arguments) -> None:
 
 
 def download_weights(arguments) -> None:
+    from nanollava import hub
+
     out = arguments.out or Path(arguments.repository.rpartition("/")[2])
     hub.fetch(arguments.repository, out, arguments.revision)
     print(out)

@@ -7,6 +7,8 @@ stands in no file and no message.
 
 import json
 import os
+import queue
+import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -40,7 +42,7 @@ class Chat:
     """chat(messages) -> Answer. Safe to call from several threads; `stop` ends all waiting.
 
     Raises InputError, with the server's own words, where no request can succeed (a wrong key, an unknown model, no
-    credit), and RequestError where this one cannot. timeout: seconds without a word from the server.
+    credit), and RequestError where this one cannot. timeout: seconds that one answer may take.
     """
 
     def __init__(self, model: str, base_url: str = OPENAI, timeout: float = 600.0):
@@ -69,8 +71,7 @@ class Chat:
                 raise RequestError("stopped")
             headers = None
             try:
-                reply = requests.post(self.url, json={"model": self.model, "messages": messages, **self.options},
-                                      auth=self.auth, timeout=self.timeout, allow_redirects=False)
+                reply = self.post({"model": self.model, "messages": messages, **self.options})
                 self.reached, headers = True, reply.headers
                 if reply.ok and not reply.is_redirect:
                     return read(reply.json(), messages)
@@ -83,6 +84,30 @@ class Chat:
             except (KeyError, IndexError, TypeError, AttributeError) as error:  # JSON, but no answer
                 problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")
         raise RequestError(f"{problem} ({ATTEMPTS} attempts)")
+
+    def post(self, body: dict) -> requests.Response:
+        """The reply, once it is whole. Raises requests.Timeout after `timeout` seconds in all.
+
+        The time-out of requests begins anew with every byte, so a server that sends one now and then would hold a
+        worker for ever: it gets a thread of its own, which nobody waits for.
+        """
+        outcome = queue.SimpleQueue()
+
+        def work():
+            try:
+                outcome.put(requests.post(self.url, json=body, auth=self.auth, timeout=self.timeout,
+                                          allow_redirects=False))
+            except Exception as error:
+                outcome.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            reply = outcome.get(timeout=self.timeout)
+        except queue.Empty:
+            raise requests.Timeout(f"no whole answer within {self.timeout:g} seconds") from None
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def judge(self, reply: requests.Response) -> str:
         """What a server said instead of an answer, if it is worth asking again; raises if it is not."""
@@ -113,21 +138,27 @@ class Chat:
         return " ".join(text.split())
 
 
+def guess_tokens(text: str) -> int:
+    """About how many tokens a language model makes of a text: one of up to six letters, of each digit, of each sign."""
+    return len(re.findall(r"[^\W\d_]{1,6}|\d|[^\w\s]", text))
+
+
 def read(body: dict, messages: list[dict]) -> Answer:
-    """The answer in a reply; where it does not say what it took, a token is counted for every four letters."""
+    """The answer in a reply; where it does not say how many tokens it took, they are guessed."""
     choice, usage = body["choices"][0], body.get("usage") or {}
     text = choice["message"]["content"] or ""
     text = text.encode("utf-8", "replace").decode()  # half a character is "?"
-    asked = sum(len(message["content"]) for message in messages)
-    return Answer(text, int(usage.get("prompt_tokens") or asked // 4),
-                  int(usage.get("completion_tokens") or len(text) // 4),
+    return Answer(text,
+                  int(usage.get("prompt_tokens") or sum(guess_tokens(message["content"]) for message in messages)),
+                  int(usage.get("completion_tokens") or guess_tokens(text)),
                   choice.get("finish_reason") not in ("length", "content_filter"))
 
 
 class Ledger:
     """Answers by key, in a file that only grows. `with Ledger(path) as ledger`: one process at a time may write.
 
-    A line that a killed process left half written is cut off; all others were promised and stay.
+    A line that a killed process left half written is cut off; all others were promised and stay. Who only wants to
+    know what is there calls `load`, which changes nothing on the disk.
     """
 
     def __init__(self, path: str | Path):
@@ -138,18 +169,25 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")
         lock(self.file, self.path)
-        self.file.seek(0)
-        whole = 0
-        for number, line in enumerate(self.file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                self.remember(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path}, line {number} is not an answer: mend or remove that line") from error
-            whole += len(line)
-        self.file.truncate(whole)
+        self.file.truncate(self.load())
         return self
+
+    def load(self) -> int:
+        """Read what is on the disk; how many bytes of it are whole lines."""
+        whole = 0
+        if not self.path.exists():
+            return whole
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self.remember(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(
+                        f"{self.path}, line {number} is not an answer: mend or remove that line") from error
+                whole += len(line)
+        return whole
 
     def __exit__(self, *error) -> None:
         if not self.lines:

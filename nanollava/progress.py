@@ -24,7 +24,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str, begun: int = 0):
         self.label, self.total, self.unit, self.begun = label, total, unit, begun
         self.start = self.shown = time.monotonic()
-        self.last = None  # (done, note)
+        self.last = None  # (done, note), until it has a line of its own
 
     def __enter__(self):
         return self
@@ -43,6 +43,12 @@ class Progress:
         print(f"{CLEAR if sys.stderr.isatty() else ''}{self.label}  {done}/{self.total} {self.unit}  "
               f"{note + '  ' if note else ''}{rate:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left",
               end=end, file=sys.stderr, flush=True)
+        if end:
+            self.last = None
+
+    def tell(self, text: str) -> None:
+        """Something to be read at once, on a line above."""
+        print(f"{CLEAR if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
 
     def __exit__(self, *error) -> None:
         if self.last and FIRST:

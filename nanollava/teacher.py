@@ -18,7 +18,7 @@ from itertools import takewhile
 from .coco import Picture
 from .conversation import IMAGE
 from .files import InputError
-from .gpt import Chat, Ledger, RequestError, in_parallel
+from .gpt import Chat, Ledger, RequestError, guess_tokens, in_parallel
 from .progress import Progress
 
 BRIEF = (  # asks for a caption: the questions of stage 1
@@ -235,7 +235,7 @@ def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -
             label = ("Question", "Answer")[number % 2]
             found = re.match(rf"\**{label}\**:\**", block.strip(), re.IGNORECASE)  # some models set it in bold
             if not found:
-                raise ValueError(f"block {number + 1} does not begin with '{label}:'")
+                raise ValueError(f"a block does not begin with '{label}:'")
             texts.append(block.strip()[found.end() :].strip())
         if len(texts) % 2:
             raise ValueError("the last question has no answer")
@@ -285,30 +285,48 @@ class Job:
         asked = json.dumps([self.model, self.messages(picture)], ensure_ascii=True)
         return f"{picture.id}-{self.kind}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
-    def row(self, picture: Picture) -> dict | None:
-        """A row of the LLaVA JSON from the first answer in the ledger that is good."""
-        for answer in self.ledger[self.key(picture)]:
-            if self.problem(picture, answer) is None:
-                return row(self.kind, picture, answer["text"], self.seed)
-        return None
-
-    def rejected(self) -> int:
-        """How many answers in the ledger had to be asked for again."""
-        return sum(self.problem(picture, answer) is not None
-                   for picture in self.pictures for answer in self.ledger[self.key(picture)])
-
-    def problem(self, picture: Picture, answer: dict) -> str | None:
-        """Why an answer must be asked for again, or None."""
+    def read(self, picture: Picture, answer: dict) -> tuple[dict | None, str | None]:
+        """A row of the LLaVA JSON and None, or None and why the answer must be asked for again."""
         try:
-            row(self.kind, picture, answer["text"], self.seed)
+            found = row(self.kind, picture, answer["text"], self.seed)
         except ValueError as error:
-            return str(error)
-        return None if answer["whole"] else "it was cut off"
+            return None, str(error)
+        return (found, None) if answer["whole"] else (None, "it was cut off")
+
+    def replies(self, picture: Picture) -> tuple[dict | None, list[str]]:
+        """What the ledger has for a picture: the row of the first good answer, and why others were rejected."""
+        read = [self.read(picture, answer) for answer in self.ledger[self.key(picture)]]
+        return next((found for found, _ in read if found), None), [problem for _, problem in read if problem]
 
     def open(self) -> list[Picture]:
-        """The pictures that still need an answer, and have not had all their tries."""
-        return [picture for picture in self.pictures
-                if self.row(picture) is None and len(self.ledger[self.key(picture)]) < TRIES]
+        """The pictures that still need an answer, and have not had all their tries.
+
+        Raises InputError where the ledger is another job's.
+        """
+        others = {(answer.get("kind"), answer.get("model")) for answers in self.ledger.lines.values()
+                  for answer in answers} - {(self.kind, self.model)}
+        if others:
+            raise InputError(f"{self.ledger.path} holds answers of another --kind or --model "
+                             f"{sorted(map(str, others))}: choose another --out")
+        replies = ((picture, *self.replies(picture)) for picture in self.pictures)
+        return [picture for picture, found, rejected in replies if not found and len(rejected) < TRIES]
+
+    def result(self) -> tuple[list[dict], Counter, int]:
+        """The rows, in the order of the pictures; how many replies were rejected, by reason; how many pictures were
+        given up, after all their tries."""
+        rows, reasons, given_up = [], Counter(), 0
+        for found, rejected in map(self.replies, self.pictures):
+            rows += [found] if found else []
+            reasons.update(rejected)
+            given_up += len(rejected) >= TRIES
+        return rows, reasons, given_up
+
+    def estimate(self, pictures: list[Picture]) -> tuple[int, int]:
+        """About how many tokens one answer for each of the pictures takes: to read, and to write."""
+        *task, _ = messages(self.kind, [], [])
+        each = sum(guess_tokens(message["content"]) for message in task)
+        read = sum(each + guess_tokens(context(self.kind, picture.captions, picture.boxes)) for picture in pictures)
+        return read, len(pictures) * sum(guess_tokens(replies[self.kind]) for *_, replies in EXAMPLES) // len(EXAMPLES)
 
     def ask(self, picture: Picture, chat: Chat, may_buy: Callable[[], bool]) -> str | None:
         """Buy answers for a picture until one is good; None, or why there is none."""
@@ -320,7 +338,7 @@ class Job:
                 answer = chat(self.messages(picture))
             except RequestError as error:
                 return str(error)
-            problem = self.problem(picture, asdict(answer))
+            _, problem = self.read(picture, asdict(answer))
             self.ledger.add(key, answer, kind=self.kind, model=self.model, rejected=problem)
             if problem is None:
                 return None
@@ -345,6 +363,8 @@ class Job:
             for done, problem in enumerate(answers, 1):
                 in_a_row = in_a_row + 1 if problem else 0
                 if problem:
+                    if not failed:
+                        progress.tell(f"a picture failed: {problem}")
                     failed[problem] += 1
                 if in_a_row >= 10 + workers:
                     raise InputError(f"{in_a_row} pictures in a row failed, the last for this: {problem}")

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from . import teacher
 from .captions import pretrain_row
-from .coco import Picture, shares
+from .coco import read_coco
 from .conversation import INSTRUCTION_KINDS
 from .files import InputError, write_json
 from .progress import progress
@@ -412,7 +412,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
     if folder.exists():
         raise InputError(f"{folder} is there already; remove it or choose another --out")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    images, captions, instances, pretrain, instruct, test = [], [], [], [], [], []
+    images, captions, instances, pretrain, wanted, test = [], [], [], [], [], []
     try:
         (beside / "images").mkdir(parents=True)
         (beside / "annotations").mkdir()
@@ -436,18 +436,19 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
                 instances.append({"id": len(instances), "image_id": number, "category_id": category,
                                   "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
             pretrain.append(pretrain_row(number, file, rng.choice(sentences), seed))
-            seen = Picture(str(number), file, sentences, [(thing.kind, shares(box, PICTURE_SIZE, PICTURE_SIZE))
-                                                          for thing, box in zip(things, placed)])
             # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
             # conversations are long and the two others short
-            for kind, often in zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25)):
-                if rng.random() < often:
-                    reply = toy_teacher(teacher.messages(kind, seen.captions, seen.boxes))
-                    instruct.append(teacher.row(kind, seen, reply, seed))
+            wanted.append([kind for kind, often in zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25)) if rng.random() < often])
         categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(KINDS)]
-        write_json(beside / "annotations" / "captions.json", {"images": images, "annotations": captions})
-        write_json(beside / "annotations" / "instances.json",
-                   {"images": images, "annotations": instances, "categories": categories})
+        told = beside / "annotations" / "captions.json", beside / "annotations" / "instances.json"
+        write_json(told[0], {"images": images, "annotations": captions})
+        write_json(told[1], {"images": images, "annotations": instances, "categories": categories})
+        # the teacher is told what GPT-4 would be told: COCO's files, read, asked about and parsed as anybody's
+        instruct = []
+        for picture, kinds in zip(read_coco(*told)[0], wanted):
+            for kind in kinds:
+                reply = toy_teacher(teacher.messages(kind, picture.captions, picture.boxes))
+                instruct.append(teacher.row(kind, picture, reply, seed))
         write_json(beside / "pretrain.json", pretrain)
         write_json(beside / "instruct.json", instruct)
         write_json(beside / "test.json", test)

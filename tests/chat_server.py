@@ -34,6 +34,13 @@ class Handler(Answering):
             self.send(200, b"<html>")
         elif mood == "slow":
             server.slept.wait(5)
+        elif mood == "drips":  # a space now and then, as some servers keep a connection open; the answer after seconds
+            text = json.dumps(answer).encode()
+            self.send(200, b"", length=20 + len(text))
+            for _ in range(20):
+                server.slept.wait(0.1)
+                self.wfile.write(b" ")
+            self.wfile.write(text)
         elif mood == "too long":
             answer["choices"][0]["finish_reason"] = "length"
             self.send(200, json.dumps(answer).encode())

@@ -260,6 +260,12 @@ def test_help_shows_examples(command, name):
     assert code == 0 and f"    python {name}.py" in out
 
 
+def test_preparing_data_does_not_wait_for_torch():
+    """Importing torch takes seconds, and the help, the drawing and the asking need none of it."""
+    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # prepare_data.py instruct
 
@@ -304,7 +310,8 @@ def test_what_was_bought_is_handed_over_however_the_job_ends(command, coco, teac
     server.moods = [None] * 6 + [(429, {"message": "no credit", "code": "insufficient_quota"})]
     code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
                              "--workers", 1)
-    assert code == 2 and "no credit" in error and "6 of 40 pictures" in error
+    assert code == 2 and "no credit" in error
+    assert "6 of 40 pictures, 0 given up after 3 replies, 34 still to be asked about" in error
     assert len(read_json(tmp_path / "out.json")) == 6
 
 
@@ -345,12 +352,32 @@ def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp
 
 def test_a_dry_run_needs_no_key_and_prints_what_would_be_asked(command, coco, monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    arguments = ("prepare_data", "instruct", *coco, "--out", tmp_path / "out.json")
-    code, out, error = command(*arguments, "--dry-run")
-    assert code == 0 and out.count("[user]") == 3 and "Cat number 0." in out and "40 pictures, about" in error
-    assert not (tmp_path / "out.json").exists()
+    arguments = ("prepare_data", "instruct", *coco, "--out", tmp_path / "new" / "out.json")
+    code, out, error = command(*arguments, "--dry-run", "--price", "30,60")
+    assert code == 0 and out.count("[user]") == 3 and "Cat number 0." in out
+    assert "40 of 40 pictures are still to be asked about" in error and "$" in error
+    assert not (tmp_path / "new").exists()
     code, out, error = command(*arguments)
     assert code == 2 and is_one_line(error, "OPENAI_API_KEY")
+
+
+def test_a_dry_run_counts_what_is_still_to_be_bought(command, coco, teacher_server, tmp_path):
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json")
+    command(*arguments, "--limit", 30)
+    _, out, error = command(*arguments, "--dry-run")
+    assert "10 of 40 pictures are still to be asked about" in error and "Cat number 30." in out
+    command(*arguments)
+    assert "0 of 40 pictures are still to be asked about: about 0 tokens" in command(*arguments, "--dry-run")[2]
+
+
+def test_instruct_says_at_once_why_a_picture_failed_and_in_the_end_what_was_rejected(
+        command, coco, teacher_server, server, tmp_path):
+    server.moods = [(400, {"message": "too long for me"}), (200, {"choices": [{"message": {"content": "What?"}}]})]
+    code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
+                             "--workers", 1)
+    assert code == 0 and error.startswith("a picture failed: 400 too long for me\n")
+    assert "39 of 40 pictures" in error and "1 failed: 400 too long for me" in error
+    assert "1 rejected: a block does not begin with 'Question:'" in error
 
 
 @pytest.mark.parametrize("arguments, words", [

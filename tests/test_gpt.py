@@ -7,7 +7,7 @@ import pytest
 
 from nanollava import gpt
 from nanollava.files import InputError
-from nanollava.gpt import Answer, Chat, Ledger, RequestError, in_parallel
+from nanollava.gpt import Answer, Chat, Ledger, RequestError, guess_tokens, in_parallel
 
 ASK = [{"role": "user", "content": "What is there?"}]
 
@@ -27,7 +27,8 @@ def test_an_answer_is_its_text_and_what_it_took(chat, server):
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
 
 
-@pytest.mark.parametrize("mood", ["reset", "cut", "nonsense", "slow", (500, "oops"), (503, {"message": "busy"})])
+@pytest.mark.parametrize("mood", [
+    "reset", "cut", "nonsense", "slow", "drips", (500, "oops"), (503, {"message": "busy"})])
 def test_what_may_pass_is_asked_again_after_ever_longer_waits(chat, server, mood):
     server.moods = [mood] * 3
     assert chat(ASK).text == "A cat."
@@ -97,7 +98,11 @@ def test_a_reply_without_an_answer_is_asked_again(chat, server, odd):
 def test_what_a_reply_does_not_say_is_guessed(chat, server):
     choices = [{"message": {"content": "A cat \ud83d sits."}}]
     server.moods = [(200, {"choices": choices, "usage": {"prompt_tokens": None}})]
-    assert chat(ASK) == Answer("A cat ? sits.", len("What is there?") // 4, len("A cat ? sits.") // 4, whole=True)
+    assert chat(ASK) == Answer("A cat ? sits.", 4, 5, whole=True)
+
+
+def test_numbers_are_many_tokens():
+    assert guess_tokens("A gray cat sleeps.") == 5 and guess_tokens("[0.125, 0.5]") == 1 + 5 + 1 + 3 + 1
 
 
 def test_an_answer_that_was_cut_off_says_so(chat, server):
@@ -163,6 +168,19 @@ def test_a_line_half_written_is_cut_off_and_the_rest_stays(tmp_path):
             ledger.add("next", Answer("b", 5, 2, True))
         lines = (tmp_path / "ledger").read_bytes().splitlines(keepends=True)
         assert lines[0] == whole and len(lines) == 2 and json.loads(lines[1])["key"] == "next"
+
+
+def test_looking_at_a_ledger_changes_nothing(tmp_path):
+    Ledger(tmp_path / "none").load()
+    with Ledger(tmp_path / "ledger") as written:
+        written.add("key", Answer("a", 5, 2, True))
+        with open(tmp_path / "ledger", "ab") as file:
+            file.write(b'{"half')
+        before = (tmp_path / "ledger").read_bytes()
+        seen = Ledger(tmp_path / "ledger")
+        seen.load()
+        assert len(seen["key"]) == 1 and (tmp_path / "ledger").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger"]
 
 
 def test_a_line_that_is_no_answer_is_named(tmp_path):

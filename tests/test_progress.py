@@ -16,3 +16,11 @@ def test_a_note_and_the_rate_stand_in_the_line(capsys):
         line.update(5, "loss 1.25")
     error = capsys.readouterr().err
     assert "5/10 steps  loss 1.25" in error and "steps/s" in error
+
+
+def test_what_is_told_stands_on_a_line_of_its_own_and_no_line_comes_twice(capsys, monkeypatch):
+    with Progress("stage 1", 10, "steps") as line:
+        line.tell("a picture failed")
+        line.shown -= 10
+        line.update(10)
+    assert capsys.readouterr().err.count("\n") == 2

@@ -7,7 +7,7 @@ from nanollava import teacher
 from nanollava.coco import Picture
 from nanollava.conversation import INSTRUCTION_KINDS
 from nanollava.files import InputError
-from nanollava.gpt import Answer, Ledger, RequestError
+from nanollava.gpt import Answer, Ledger, RequestError, guess_tokens
 
 
 def test_conversations_are_made_from_captions_alone_the_others_from_boxes_too():
@@ -117,10 +117,10 @@ def test_each_picture_is_asked_about_once_whatever_happens(tmp_path):
         job(ledger).run(first, workers=4)
     with Ledger(tmp_path / "ledger") as ledger:
         assert not job(ledger).run(second, workers=4)
-        rows = [job(ledger).row(picture) for picture in PICTURES]
+        rows = job(ledger).result()[0]
     with Ledger(tmp_path / "ledger") as ledger:
         assert not job(ledger).run(third) and not third.asked
-        assert [job(ledger).row(picture) for picture in PICTURES] == rows
+        assert job(ledger).result()[0] == rows
     paid = [text for text in first.asked if text != "A cat number 13."] + second.asked
     assert sorted(paid) == sorted(picture.captions[0] for picture in PICTURES)
     assert [row["image"] for row in rows] == [picture.file for picture in PICTURES]
@@ -134,13 +134,13 @@ def test_a_bad_reply_is_kept_with_its_reason_and_asked_again(tmp_path):
         assert not one.run(Scripted(lambda _: next(replies)))
         bad, good = ledger[one.key(PICTURES[0])]
         assert bad["text"] == "What?" and "does not begin with" in bad["rejected"] and good["rejected"] is None
-        assert one.row(PICTURES[0])["conversations"][1]["value"] == "A cat."
+        assert one.result()[0][0]["conversations"][1]["value"] == "A cat."
 
 
 def test_after_three_bad_replies_a_picture_is_given_up_for_good(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         chat = Scripted(lambda _: "What?")
-        assert job(ledger, PICTURES[:1]).run(chat) == {"block 1 does not begin with 'Question:'": 1}
+        assert job(ledger, PICTURES[:1]).run(chat) == {"a block does not begin with 'Question:'": 1}
         assert len(chat.asked) == teacher.TRIES
         assert not job(ledger, PICTURES[:1]).run(chat) and len(chat.asked) == teacher.TRIES
 
@@ -151,7 +151,8 @@ def test_a_failed_request_costs_no_try(tmp_path):
 
     with Ledger(tmp_path / "ledger") as ledger:
         assert job(ledger, PICTURES[:2]).run(Scripted(fails)) == {"too long": 2}
-        assert not job(ledger, PICTURES[:2]).run(Scripted()) and job(ledger).row(PICTURES[1])
+        one = job(ledger, PICTURES[:2])
+        assert not one.run(Scripted()) and len(one.result()[0]) == 2
 
 
 def test_an_answer_that_was_cut_off_is_asked_again(tmp_path):
@@ -177,13 +178,13 @@ def test_what_was_paid_for_when_the_job_ended_is_kept(tmp_path):
         with pytest.raises(InputError, match="in a row") as caught:
             one.run(chat, workers=2)
         assert ended.is_set() and caught  # at once, not when the exception is forgotten
-        assert one.row(PICTURES[0])
+        assert [row["image"] for row in one.result()[0]] == ["0.jpg"]
 
 
 def test_the_seed_draws_the_order(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger).run(Scripted())
-        first, second = ([job(ledger, seed=seed).row(picture) for picture in PICTURES] for seed in (0, 1))
+        first, second = (job(ledger, seed=seed).result()[0] for seed in (0, 1))
         assert first != second
 
 
@@ -201,9 +202,35 @@ def test_a_budget_is_kept_over_all_runs(tmp_path):
             assert ledger.prompt_tokens + ledger.completion_tokens == 60
 
 
-def test_another_model_or_other_captions_are_another_request(tmp_path):
+def test_other_captions_are_another_request(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger).run(Scripted())
-        assert job(ledger).row(PICTURES[0])
-        assert job(ledger, model="other").row(PICTURES[0]) is None
-        assert job(ledger).row(Picture("0", "0.jpg", ["A dog."], [])) is None
+        assert job(ledger, PICTURES[:1]).open() == []
+        other = Picture("0", "0.jpg", ["A dog."], [])
+        assert job(ledger, [other]).open() == [other]
+
+
+@pytest.mark.parametrize("change", [{"kind": "reasoning"}, {"model": "other"}])
+def test_a_ledger_is_of_one_kind_and_one_model(tmp_path, change):
+    with Ledger(tmp_path / "ledger") as ledger:
+        job(ledger).run(Scripted())
+        with pytest.raises(InputError, match="another --kind or --model"):
+            job(ledger, **change).open()
+
+
+def test_the_result_counts_the_replies_that_were_no_good_and_the_pictures_given_up(tmp_path):
+    replies = {"A cat number 0.": iter(["What?", GOOD]), "A cat number 1.": iter(["Sorry, no.", "What?", "What?"])}
+    with Ledger(tmp_path / "ledger") as ledger:
+        job(ledger, PICTURES[:2]).run(Scripted(lambda text: next(replies[text])))
+        rows, rejected, given_up = job(ledger, PICTURES[:3]).result()
+        assert [row["image"] for row in rows] == ["0.jpg"] and given_up == 1
+        assert rejected == {"a block does not begin with 'Question:'": 3, "it refuses": 1}
+
+
+@pytest.mark.parametrize("kind", INSTRUCTION_KINDS)
+def test_an_estimate_is_of_whole_requests_and_of_answers_like_the_examples(kind):
+    pictures = [Picture("0", "0.jpg", ["A cat."], [("cat", [0.1, 0.2, 0.3, 0.4])]), *PICTURES[:2]]
+    one = job(None, pictures, kind=kind)
+    read, written = one.estimate(pictures)
+    assert read == sum(guess_tokens(message["content"]) for picture in pictures for message in one.messages(picture))
+    assert written == 3 * sum(guess_tokens(replies[kind]) for *_, replies in teacher.EXAMPLES) // 2

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from nanollava import teacher, toy
+from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS
 from nanollava.files import InputError, read_json
+from nanollava.gpt import Answer, Ledger
 from nanollava.image import open_image
 from nanollava.toy import Thing
 
@@ -152,6 +154,21 @@ def test_a_world_is_coco_and_llava_json_and_the_same_from_the_same_seed(world, t
     test = read_json(world / "test.json")
     assert {row["type"] for row in test} == set(toy.QUESTIONS)
     assert all(len(row["conversations"]) == 2 for row in test)
+
+
+def test_the_instructions_are_those_that_a_job_would_buy_from_the_toy_teacher(world, tmp_path):
+    """One path: the toy's captions and boxes, asked about with `prepare_data.py instruct`, are the toy's own data."""
+    pictures, _ = read_coco(world / "annotations" / "captions.json", world / "annotations" / "instances.json")
+    bought = {}
+    for kind in INSTRUCTION_KINDS:
+        with Ledger(tmp_path / kind) as ledger:
+            job = teacher.Job(kind, pictures, ledger, "toy", seed=0)
+            for picture in pictures:
+                job.ask(picture, lambda messages: Answer(toy.toy_teacher(messages), 0, 0, True), lambda: True)
+            bought |= {row["id"]: row for row in job.result()[0]}
+    written = read_json(world / "instruct.json")
+    assert {row["id"].partition("-")[2] for row in written} == set(INSTRUCTION_KINDS)
+    assert written == [bought[row["id"]] for row in written]
 
 
 def test_a_world_appears_whole_or_not_at_all(tmp_path, monkeypatch):
