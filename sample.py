@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 
-from nanollava.chat import stream
+from nanollava.chat import open_llava, stream
 from nanollava.conversation import IMAGE
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
 from nanollava.image import open_image, preprocess
-from nanollava.llava import Llava
-from nanollava.tokenizer import Tokenizer
 from nanollava.training import best_device, best_dtype
 
 TOY = Path("runs/toy")
@@ -47,7 +45,7 @@ def main() -> None:
     folder = arguments.model or toy_run()
     device = best_device(arguments.device)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
-    model, tokenizer = Llava.from_pretrained(folder, dtype, device), Tokenizer(folder)
+    model, tokenizer = open_llava(folder, dtype, device)
     if model.config.stage == 1:
         say(f"{folder} went through stage 1 only: it can caption, but hardly converse")
     if arguments.seed is not None:

@@ -188,9 +188,11 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
             model.save_pretrained(out / "best", [tokenizer.path], dtype)
         return loss
 
-    fit(f"stage {stage}", learner(model, device), load_batches(dataset, order[begun:], arguments.micro_batch, workers),
-        steps, optimizers, out / "log.jsonl", lambda batch: sum(tokens.numel() for tokens, *_ in batch), checkpoints,
-        begun, save_every, validate if held_out else None, lambda step: ": " + "; ".join(map(dataset.name, order[step])))
+    batches = load_batches(dataset, order[begun:], arguments.micro_batch, workers)
+    fit(f"stage {stage}", learner(model, device), batches, steps, optimizers, log=out / "log.jsonl", start=begun,
+        tokens_of=lambda batch: parallel.world() * sum(tokens.numel() for tokens, *_ in batch),
+        checkpoints=checkpoints, every=save_every, validate=validate if held_out else None,
+        rows_of=lambda step: ": " + "; ".join(map(dataset.name, order[step])))
     model.save_pretrained(out, [tokenizer.path], dtype)
     checkpoints.clear()
 

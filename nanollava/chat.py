@@ -3,11 +3,30 @@
 The prompt is a prefix of what training saw, and a reply ends where training put the stop.
 """
 
+import os
+from pathlib import Path
+
 import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
 from .data import collate
-from .files import InputError
+from .files import InputError, say
+from .llava import Llava
+from .tokenizer import Tokenizer
+
+
+def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, Tokenizer]:
+    """A LLaVA that computes in `dtype`, and its tokenizer.
+
+    Its weights are turned into `dtype`, too, unless they would fill more than half of this machine's memory: then
+    they stay in the file, mapped into memory, and each is converted when its turn comes.
+    """
+    model, tokenizer = Llava.from_pretrained(folder, None).compute_in(dtype), Tokenizer(folder)
+    size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    if device == "cpu" and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        say(f"{folder} would take {size / 2**30:.0f} GiB in {str(dtype).partition('.')[2]}: it stays as it is on the disk")
+        return model, tokenizer
+    return model.to(device, dtype), tokenizer
 
 
 def stop_of(model, tokenizer) -> tuple[int | None, str | None]:

@@ -178,7 +178,7 @@ def collate(samples):
 
 
 def batch_order(lengths, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """The rows of each of `steps` batches, epoch after epoch, rows of a batch of about one length, so little is padding.
+    """The rows of each of `steps` batches, epoch after epoch, those of a batch of like lengths, to have little padding.
 
     In every epoch each row comes once, in random order: rows are shuffled, sorted by length within stretches of 50
     batches, cut into batches, and these shuffled. What is left after the last whole batch is not seen in that epoch;
@@ -208,8 +208,9 @@ def load_batches(dataset: Conversations, order: list[list[int]], micro_batch: in
     mine = [rows[parallel.rank() :: parallel.world()] for rows in order]
     size = micro_batch or max(map(len, mine), default=1)
     micro = [[rows[start : start + size] for start in range(0, len(rows), size)] for rows in mine]
-    loader = iter(DataLoader(dataset, batch_sampler=[rows for batch in micro for rows in batch], collate_fn=collate,
-                             num_workers=workers, worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available()))
+    loader = iter(DataLoader(
+        dataset, batch_sampler=[rows for batch in micro for rows in batch], collate_fn=collate, num_workers=workers,
+        worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available()))
     for batch in micro:
         yield [next(loader) for _ in batch]
 

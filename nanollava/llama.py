@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .layers import Linear, RMSNorm
+
 
 @dataclass
 class LlamaConfig:
@@ -31,27 +33,6 @@ class LlamaConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, whatever dtype its weights are kept in.
-
-    So the weights that learn are float32 while the arithmetic is bfloat16; and a processor that has no bfloat16
-    computes in float32 with weights that fit its memory in bfloat16 only.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight.to(x.dtype) * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from . import checkpoint, parallel
 from .conversation import IGNORE
-from .llama import KVCache, Linear, Llama, LlamaConfig
+from .layers import Linear
+from .llama import KVCache, Llama, LlamaConfig
 from .lora import merge_lora
 from .vision import VisionConfig, VisionTower
 
@@ -63,16 +64,15 @@ class Llava(nn.Module):
         self.language_model = Llama(config.text)
 
     def compute_in(self, dtype: torch.dtype) -> "Llava":
-        """Do the arithmetic in `dtype`: the vision tower turns into it, the language model's weights stay as they are."""
-        self.vision_tower.to(dtype)
+        """Do the arithmetic in `dtype`; the weights stay as they are."""
         self.language_model.dtype = dtype
         return self
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) to the language model's space, H_v (N, P, D). The class token is dropped."""
         weight = self.vision_tower.embeddings.class_embedding
-        features = self.vision_tower(images.to(weight.device, weight.dtype), self.config.feature_layer)[:, 1:]
-        return self.multi_modal_projector(features)
+        images = images.to(weight.device, self.language_model.dtype or weight.dtype)
+        return self.multi_modal_projector(self.vision_tower(images, self.config.feature_layer)[:, 1:])
 
     def splice(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
         """Embeddings (B, T, D) of tokens (B, T), the picture tokens replaced in reading order by (N, P, D)."""

@@ -8,13 +8,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .llama import Linear
+from .layers import Linear
 
 SCALE = 2.0  # alpha / rank, as in LLaVA's own LoRA recipe
 
 
 class LoRALinear(Linear):
-    """A linear layer W (out, in) with A (rank, in) and B (out, rank) beside it; B begins at zero, so nothing changes."""
+    """A linear layer W (out, in) with A (rank, in) and B (out, rank) beside it; B begins at zero: nothing changes."""
 
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")

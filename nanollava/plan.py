@@ -60,12 +60,13 @@ def memory(model: Llava, rows: int, tokens: int, learned: int, gpus: int = 1, dt
     kept = size * (heads + 3 * H + 2 * D) + (8 * D if size < 4 else 0)
     kept += size * (5 * D + H) if block_learns else 0
     one, logits = rows * tokens * kept, rows * learned * text.vocab_size * (size + 12)
+    work = one + rows * tokens * size * (2 * H + D)  # a block, and the gradients that pass through its MLP
     gradients = 4 * learning / gpus
     if llama.checkpointing:
-        begin = layers * rows * tokens * D * size + max(logits, one)
+        begin = layers * rows * tokens * D * size + max(logits, work)
     else:
         begin = layers * one + logits
-    end = gradients + one
+    end = gradients + work
     return {
         "weights": (4 * learning + size * (total - learning)) / gpus + copies,
         "optimizer": 4 * states * learning / gpus,
@@ -88,14 +89,14 @@ def operations(model: Llava, rows: int, tokens: int, learned: int) -> float:
     learns = sum(p.numel() for p in blocks.parameters() if p.requires_grad) / count(blocks)
     head_learns = next(iter(llama.lm_head.parameters())).requires_grad if llama.lm_head else learns > 0.5
     operations = see + 6 * P * projector + (2 + learns) * linear + 3 * attention + (2 + head_learns) * head
-    if llama.checkpointing:
-        operations += linear + attention
+    if llama.checkpointing:  # a block again, but for its last layer, whose output nobody keeps
+        operations += linear - len(blocks) * 2 * tokens * D * text.intermediate_size + attention
     return rows * operations
 
 
 def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: float, micro_batch: int | None = None,
          lora_rank: int | None = None, max_length: int = 2048, utilisation: float = 0.4) -> str:
-    """What the paper's stage needs, as text. Raises nothing; makes no tensor."""
+    """What a stage needs with the paper's data, as text."""
     with torch.device("meta"):
         model = Llava(config)
         freeze(model, stage, lora_rank)
@@ -108,9 +109,9 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
     work, steps = operations(model, batch_size, pictures + text, learned), round(epochs * ROWS[stage] / batch_size)
     hours = steps * work / (gpus * A100 * utilisation) / 3600
     lines = [
-        f"parameters     {count(model) / 1e9:.2f} billion, of which {count(model, learning=True) / 1e6:,.1f} million learn",
-        f"memory a GPU   {sum(parts.values()) / 2**30:.1f} GiB, and about one for CUDA; at once {rows} rows of {longest} "
-        f"tokens at most:",
+        f"parameters     {count(model) / 1e9:.2f} billion, of which {count(model, True) / 1e6:,.1f} million learn",
+        f"memory a GPU   {sum(parts.values()) / 2**30:.1f} GiB and about one for CUDA, for {rows} rows at once, "
+        f"of {longest} tokens at most:",
         *(f"               {bytes / 2**30:6.1f} GiB  {name}" for name, bytes in parts.items()),
         f"compute        {work / 1e12:,.0f} TFLOP a step of {batch_size} rows, of {pictures + text} tokens on average, "
         f"{pictures} of them the picture's",

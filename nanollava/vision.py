@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .layers import LayerNorm, Linear, PatchEmbedding
+
 
 @dataclass
 class VisionConfig:
@@ -40,13 +42,14 @@ class Embeddings(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = PatchEmbedding(D, config.patch_size)
         self.position_embedding = nn.Embedding(config.num_patches + 1, D)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (N, P, D)
-        class_token = self.class_embedding.expand(len(images), 1, -1)  # (N, 1, D)
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (N, 1 + P, D)
+        class_token = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)  # (N, 1, D)
+        x = torch.cat([class_token, patches], dim=1)
+        return x + self.position_embedding.weight.to(x.dtype)  # (N, 1 + P, D)
 
 
 class Attention(nn.Module):
@@ -54,7 +57,7 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(D, D) for _ in range(4))
 
     def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
         B, T, D = x.shape
@@ -69,8 +72,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(quick_gelu(self.fc1(x)))
@@ -81,9 +84,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
@@ -102,9 +105,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the public spelling
+        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the public spelling
         self.encoder = Encoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's, not LLaVA's
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's, not LLaVA's
 
     def forward(self, images: torch.Tensor, layer: int = -2) -> torch.Tensor:
         """Pictures (N, 3, H, W) to the output of one block, (N, 1 + P, D), the class token first.

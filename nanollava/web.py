@@ -1,5 +1,5 @@
-"""What the two that speak HTTP share, the downloader and the teacher's client: keys that nobody sees, patience, and files
-that one run at a time may write."""
+"""What the two that speak HTTP share, the downloader and the teacher's client: keys that nobody sees, patience, and
+files that one run at a time may write."""
 
 import math
 import os

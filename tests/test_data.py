@@ -108,7 +108,8 @@ def test_batches_come_in_micro_batches(world, tokenizer, config, tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("[", "is not JSON"), ("{}", "is not a JSON list"), ("[]", "is empty"), ("[1", "is not JSON"), ("[3]", "row 0: it has no 'conv"),
+    ("[", "is not JSON"), ("[1", "is not JSON"), ("{}", "is not a JSON list"), ("[]", "is empty"),
+    ("[3]", "row 0: it has no 'conv"),
 ])
 def test_a_file_that_is_no_list_of_conversations_is_refused(world, tokenizer, config, tmp_path, content, complaint):
     (tmp_path / "bad.json").write_text(content)

@@ -32,7 +32,8 @@ def test_padding_keeps_all_of_it_on_the_mean_color():
 
 
 FORMATS = {"PNG": ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"], "JPEG": ["RGB", "L", "CMYK"], "WEBP": ["RGB", "RGBA"],
-           "TIFF": ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I;16", "I;16B"], "GIF": ["L", "P"], "BMP": ["RGB", "P"]}
+           "TIFF": ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I;16", "I;16B"], "GIF": ["L", "P"],
+           "BMP": ["RGB", "P"]}
 
 
 @pytest.mark.parametrize("format, mode", [(format, mode) for format, modes in FORMATS.items() for mode in modes])

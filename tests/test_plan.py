@@ -14,7 +14,7 @@ from nanollava.plan import SIZES, count, freeze, memory, operations
 from nanollava.training import adamw, learner
 from nanollava.vision import VisionConfig
 
-ROWS, TOKENS, LEARNED = 2, 384, 200
+ROWS, TOKENS, LEARNED = 6, 128, 50  # so short that attention, which torch does not count here, is 3 % of the work
 
 
 def trained(stage, checkpointing, lora_rank=None):
@@ -52,7 +52,9 @@ def size(tensors) -> int:
                          [(1, False, None), (1, True, None), (2, False, None), (2, True, None), (2, True, 8)])
 def test_the_plan_is_within_15_percent_of_what_a_step_takes(stage, checkpointing, lora_rank):
     model, optimizers, step = trained(stage, checkpointing, lora_rank)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, FlopCounterMode(display=False) as flops:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    with FlopCounterMode(display=False) as flops:
         step()
     events = sorted((event.start_ns(), event.nbytes()) for event in seen.profiler.kineto_results.events()
                     if event.name() == "[memory]")

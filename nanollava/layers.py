@@ -1,0 +1,41 @@
+"""Layers that compute in the dtype of their input, whatever dtype their weights are kept in.
+
+So what learns is kept in float32 while the arithmetic is bfloat16; and a processor without bfloat16 computes in
+float32 with weights that fit its memory in bfloat16 only. Where the two are the same, nothing is converted.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Divided by the root of the mean square, in float32 (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight.to(x.dtype) * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+class PatchEmbedding(nn.Conv2d):
+    """Cuts pictures (N, 3, H, W) into patches and maps each to a vector, (N, D, H / patch, W / patch)."""
+
+    def __init__(self, size: int, patch: int):
+        super().__init__(3, size, patch, stride=patch, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(images, self.weight.to(images.dtype), stride=self.stride)
