@@ -23,8 +23,9 @@ def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, To
     """
     model, tokenizer = Llava.from_pretrained(folder, None).compute_in(dtype), Tokenizer(folder)
     size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    if device == "cpu" and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
-        say(f"{folder} would take {size / 2**30:.0f} GiB in {str(dtype).partition('.')[2]}: it stays as it is on the disk")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device == "cpu" and size > memory / 2:
+        say(f"{folder} would take {size / 2**30:.0f} GiB in {str(dtype)[6:]}: it stays as it is on the disk")
         return model, tokenizer
     return model.to(device, dtype), tokenizer
 
