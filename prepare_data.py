@@ -69,6 +69,15 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="draws questions, orders and what is thinned out (default: %(default)s)")
     command.set_defaults(run=expand_captions)
 
+    command = commands.add_parser("scienceqa", doc="ScienceQA's problems to data for stage 2.")
+    add = command.add_argument
+    add("--data", type=Path, required=True, help="folder with problems.json and pid_splits.json; --images of training")
+    add("--split", choices=("train", "val", "test"), default="train", help="(default: %(default)s)")
+    add("--order", choices=("reason-first", "answer-first"), default="reason-first",
+        help="lecture and solution before the letter, or after it (default: %(default)s)")
+    add("--out", type=Path, required=True, help="LLaVA JSON to write")
+    command.set_defaults(run=expand_scienceqa)
+
     command = commands.add_parser("stats", doc="What is in a LLaVA JSON, and which of its rows are broken.")
     command.add_argument("data", type=Path, metavar="FILE")
     command.set_defaults(run=print_stats)
@@ -175,8 +184,17 @@ def expand_captions(arguments) -> None:
     say(f"{written} of {count} captions")
 
 
+def expand_scienceqa(arguments) -> None:
+    from nanollava import scienceqa  # here, as below: torch is seconds that no other command waits for
+
+    made = scienceqa.rows(arguments.data, arguments.split, arguments.order)
+    write_json(arguments.out, made)
+    print(arguments.out)
+    say(f"{len(made)} problems, {sum('image' in row for row in made)} with a picture")
+
+
 def print_stats(arguments) -> None:
-    from nanollava.data import stats  # here, as in download_weights: torch is seconds that no other command waits for
+    from nanollava.data import stats
 
     numbers, broken = stats(arguments.data)
     for name, number in numbers.items():

@@ -74,12 +74,15 @@ def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0,
     yield tokenizer.decode(reply)[said:]
 
 
-def replies(model, tokenizer, conversations, pictures=None, max_new_tokens=64) -> list[str]:
-    """The likeliest replies to a batch of conversations; their pictures (N, P, D) are in the language model's space
-    already."""
+def replies(model, tokenizer, conversations, images=None, pictures=None, max_new_tokens=64) -> list[str]:
+    """The likeliest replies to a batch of conversations.
+
+    Their pictures, all in reading order, are `images` (N, 3, H, W), or `pictures` (N, P, D), in the language model's
+    space already.
+    """
     tokens, lengths = prompts(model, tokenizer, conversations)
     eos_id, stop = stop_of(model, tokenizer)
-    steps = list(model.generate(tokens, None, max_new_tokens, eos_id=eos_id, lengths=lengths, pictures=pictures))
+    steps = list(model.generate(tokens, images, max_new_tokens, eos_id=eos_id, lengths=lengths, pictures=pictures))
     texts = []
     for row in torch.stack(steps, dim=1).tolist():  # (B, new tokens)
         text = tokenizer.decode(row)  # EOS, and what fills a row up after it, says nothing

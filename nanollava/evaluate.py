@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .chat import replies
+from . import scienceqa
+from .chat import open_llava, replies
 from .conversation import IMAGE
-from .files import Parser, one_line_errors, positive, read_json, whole_file, write_json
+from .files import InputError, Parser, one_line_errors, positive, read_json, say, whole_file, write_json
 from .image import open_image, preprocess
 from .llava import Llava
 from .progress import Progress
 from .tokenizer import Tokenizer
-from .training import best_device
+from .training import best_device, best_dtype
 
 
 def same(reply: str, truth: str) -> bool:
@@ -109,17 +110,35 @@ def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2,
     return sheet
 
 
-def main() -> None:
+def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.evaluate")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    add = commands.add_parser("toy", doc="Held-out questions about the toy world, against two controls.").add_argument
+    command = commands.add_parser("toy", doc="Held-out questions about the toy world, against two controls.")
+    command.set_defaults(run_command=evaluate_toy)
+    add = command.add_argument
     add("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
     add("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
     add("--limit", type=positive(int), help="ask only the first so many questions")
     add("--out", type=Path, help="write the table as JSON to this file, too")
     add("--picture", type=Path, help="paint some scenes with the model's answers to this file")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
-    arguments = parser.parse_args()
+
+    command = commands.add_parser("scienceqa", doc="ScienceQA by category, the columns of the paper's table 6.")
+    command.set_defaults(run_command=evaluate_scienceqa)
+    add = command.add_argument
+    add("--data", type=Path, required=True, help="folder with problems.json, pid_splits.json and test/ID/image.png")
+    add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
+    add("--model", type=Path, help="folder of a LLaVA that answers")
+    add("--answers", type=Path, help="JSONL of question_id and text: read, and with --model completed "
+        "(default with --model: MODEL/scienceqa-SPLIT.jsonl)")
+    add("--batch-size", type=positive(int), default=16, help="problems answered at once (default: %(default)s)")
+    add("--out", type=Path, help="write the result as JSON to this file, too")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    return parser.parse_args()
+
+
+def evaluate_toy(arguments) -> None:
     columns, rows, said = toy_table(arguments.run, arguments.data, best_device(arguments.device), arguments.limit)
     print(table(columns))
     if arguments.out:
@@ -127,6 +146,31 @@ def main() -> None:
     if arguments.picture:
         with whole_file(arguments.picture) as beside:
             gallery(rows, said, arguments.data / "images").save(beside, "PNG")
+
+
+def evaluate_scienceqa(arguments) -> None:
+    if not arguments.model and not arguments.answers:
+        raise InputError("name a --model that answers, or --answers that were made before")
+    problems = scienceqa.read_problems(arguments.data, arguments.split)
+    if arguments.model:
+        device = best_device(arguments.device)
+        dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
+        model, tokenizer = open_llava(arguments.model, dtype, device)
+        path = arguments.answers or arguments.model / f"scienceqa-{arguments.split}.jsonl"
+        answers = scienceqa.answer_problems(model, tokenizer, problems, arguments.data / arguments.split, path,
+                                            arguments.batch_size)
+    else:
+        answers = scienceqa.read_answers(arguments.answers)
+    result = scienceqa.score(problems, answers)
+    print(table({"accuracy": {name: value for name, value in result["accuracy"].items() if value is not None}}))
+    say(f"{len(problems)} problems, {result['unreadable']} replies name no option, {result['missing']} have no reply")
+    if arguments.out:
+        write_json(arguments.out, result, indent=2)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.run_command(arguments)
 
 
 if __name__ == "__main__":

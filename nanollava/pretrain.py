@@ -366,7 +366,7 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
         turns = [teacher.conversation([question], picture_first=True) for _, question, _ in asked]
         turns = [tell(turn, things, rng) for turn in turns] if prose else turns
         pictures = None if prose else told([scene] * len(asked), rng)
-        said += replies(model, tokenizer, turns, pictures)
+        said += replies(model, tokenizer, turns, pictures=pictures)
         rows += [{"type": kind, "conversations": [{}, {"value": answer}]} for kind, _, answer in asked]
     return rows, said
 

@@ -20,13 +20,13 @@ class Parrot:
 
 def test_a_reply_ends_at_eos(model, tokenizer):
     model.generate = Parrot(tokenizer.encode("A red cat.") + [2], tokenizer.encode("No.") + [2])
-    assert replies(model, tokenizer, [QUESTION] * 2, torch.zeros(2, 16, 32)) == ["A red cat.", "No."]
+    assert replies(model, tokenizer, [QUESTION] * 2, pictures=torch.zeros(2, 16, 32)) == ["A red cat.", "No."]
 
 
 def test_a_reply_of_template_v0_ends_at_its_text(model, tokenizer):
     model.config.template = "v0"
     model.generate = Parrot(tokenizer.encode("A cat. ###Human: And now?"))
-    assert replies(model, tokenizer, [QUESTION], torch.zeros(1, 16, 32)) == ["A cat."]
+    assert replies(model, tokenizer, [QUESTION], pictures=torch.zeros(1, 16, 32)) == ["A cat."]
     assert "".join(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)])) == "A cat."
 
 
