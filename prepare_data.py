@@ -134,7 +134,7 @@ def ask_teacher(arguments) -> None:
     if out.exists() and not path.exists():
         raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
     ledger = gpt.Ledger(path)
-    job = teacher.Job(kind, pictures, ledger, model, arguments.seed)
+    job = teacher.job(kind, pictures, ledger, model, arguments.seed)
     if arguments.dry_run:
         ledger.load()
         print_plan(job, arguments.price)
@@ -153,29 +153,30 @@ def ask_teacher(arguments) -> None:
         print(out)
 
 
-def hand_over(job: teacher.Job, out: Path) -> bool:
+def hand_over(job: gpt.Job, out: Path) -> bool:
     """Write what the ledger has, and say what it has not; whether there was anything to write."""
-    rows, rejected, given_up = job.result()
+    found, rejected, given_up = job.result()
+    rows = [row for row in found if row]
     if rows:
         write_json(out, rows)
     if job.ledger.lines:
-        say(f"{len(rows)} of {len(job.pictures)} pictures, {given_up} given up after {teacher.TRIES} replies, "
-            f"{len(job.pictures) - len(rows) - given_up} still to be asked about; "
+        say(f"{len(rows)} of {len(job.items)} pictures, {given_up} given up after {gpt.TRIES} replies, "
+            f"{len(job.items) - len(rows) - given_up} still to be asked about; "
             f"{job.ledger.prompt_tokens} tokens read and {job.ledger.completion_tokens} written in all")
     for reason, count in rejected.most_common():
         say(f"{count} rejected: {reason}")
     return bool(rows)
 
 
-def print_plan(job: teacher.Job, prices: tuple[float, float]) -> None:
+def print_plan(job: gpt.Job, prices: tuple[float, float]) -> None:
     """What would be asked about one picture, and what all that is not yet in the ledger would cost."""
     missing = job.open()
-    for message in job.messages((missing or job.pictures)[0]):
+    for message in job.messages((missing or job.items)[0]):
         print(f"[{message['role']}]\n{message['content']}\n")
-    read, written = job.estimate(missing)
-    say(f"{len(missing)} of {len(job.pictures)} pictures are still to be asked about: "
+    read, written = teacher.estimate(job.kind, missing)
+    say(f"{len(missing)} of {len(job.items)} pictures are still to be asked about: "
         f"about {read} tokens to read and {written} to write"
-        + (f", ${teacher.dollars(read, written, prices):.2f}" if any(prices) else ""))
+        + (f", ${gpt.dollars(read, written, prices):.2f}" if any(prices) else ""))
 
 
 def expand_captions(arguments) -> None:

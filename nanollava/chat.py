@@ -3,6 +3,7 @@
 The prompt is a prefix of what training saw, and a reply ends where training put the stop.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
 from .data import collate
-from .files import InputError, say
+from .files import InputError, read_lines, say
+from .image import open_image, preprocess
 from .llava import Llava
+from .progress import Progress
 from .tokenizer import Tokenizer
 
 
@@ -88,3 +91,31 @@ def replies(model, tokenizer, conversations, images=None, pictures=None, max_new
         text = tokenizer.decode(row)  # EOS, and what fills a row up after it, says nothing
         texts.append((text.split(stop)[0] if stop else text).strip())
     return texts
+
+
+def read_answers(path: str | Path) -> dict[str, str]:
+    """Replies by question from a JSONL of {question_id, text}; where one comes twice, the last counts."""
+    return {str(row["question_id"]): str(row["text"]) for row in read_lines(path, ("question_id", "text"))}
+
+
+def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], path: Path, batch_size: int = 16,
+               max_new_tokens: int = 512) -> dict[str, str]:
+    """The model's replies to questions with their picture files, also written to a JSONL file as they are made; what
+    is in it already is not asked again. The picture stands where the question has `<image>`."""
+    done = read_answers(path) if path.exists() else {}
+    order = sorted(questions.keys() - done, key=lambda number: (len(questions[number][0]), number))  # like lengths
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file, Progress("answers  ", len(questions), "questions", len(done)) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            pixels = [preprocess(open_image(picture), model.config.image_size)
+                      for number in batch for picture in questions[number][1]]
+            turns = [[{"from": "human", "value": questions[number][0]}] for number in batch]
+            texts = replies(model, tokenizer, turns, torch.stack(pixels) if pixels else None,
+                            max_new_tokens=max_new_tokens)
+            for number, text in zip(batch, texts):
+                done[number] = text
+                file.write(json.dumps({"question_id": number, "text": text}) + "\n")
+            file.flush()
+            progress.update(len(done))
+    return done

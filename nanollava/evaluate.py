@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from . import scienceqa
-from .chat import open_llava, replies
+from . import bench, gpt, scienceqa
+from .chat import answer_all, open_llava, read_answers, replies
 from .conversation import IMAGE
-from .files import InputError, Parser, one_line_errors, positive, read_json, say, whole_file, write_json
+from .files import InputError, Parser, one_line_errors, positive, read_json, read_lines, say, whole_file, write_json
 from .image import open_image, preprocess
 from .llava import Llava
 from .progress import Progress
@@ -29,7 +29,7 @@ def same(reply: str, truth: str) -> bool:
     return one == other
 
 
-def answer_all(model, tokenizer, rows, images: Path, label="", batch_size=64) -> list[str]:
+def answer_toy(model, tokenizer, rows, images: Path, label="", batch_size=64) -> list[str]:
     """The model's replies to rows of test.json, each about one picture."""
     files = sorted({row["image"] for row in rows})
     seen = {}  # file -> (P, D); test pictures are few and asked about many times
@@ -85,7 +85,7 @@ def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = No
         if stage == "stage2" or (run / stage).is_dir():
             model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
             for name, asked in columns.items():
-                said[name] = answer_all(model, tokenizer, asked, data / "images", label=name)
+                said[name] = answer_toy(model, tokenizer, asked, data / "images", label=name)
     return {name: accuracy(rows, texts) for name, texts in said.items()}, rows, said["after stage 2"]
 
 
@@ -128,14 +128,33 @@ def parse_arguments():
     add = command.add_argument
     add("--data", type=Path, required=True, help="folder with problems.json, pid_splits.json and test/ID/image.png")
     add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
+    add("--out", type=Path, help="write the result as JSON to this file, too")
+    add_answers(add, "scienceqa-SPLIT.jsonl")
+
+    command = commands.add_parser("bench", doc="LLaVA-Bench: GPT-4 grades replies against its own, table 4.")
+    command.set_defaults(run_command=evaluate_bench)
+    add = command.add_argument
+    add("--questions", type=Path, required=True, help="JSONL of question_id, image, text, category")
+    add("--reference", type=Path, required=True, help="JSONL of question_id and text: GPT-4's own replies")
+    add("--context", type=Path, required=True, help="JSONL of image and caption, or captions and instances")
+    add("--out", type=Path, required=True, help="JSON to write; FILE.ledger.jsonl beside it keeps every grade")
+    add("--both-orders", action="store_true", help="ask twice, each reply standing first once")
+    add("--judge", default="gpt-4", help="(default: %(default)s)")
+    add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
+    add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
+    add("--images", type=Path, help="folder of the pictures, for --model")
+    add_answers(add, "bench.jsonl")
+    return parser.parse_args()
+
+
+def add_answers(add, default: str) -> None:
+    """The arguments of what can be answered here or elsewhere."""
     add("--model", type=Path, help="folder of a LLaVA that answers")
     add("--answers", type=Path, help="JSONL of question_id and text: read, and with --model completed "
-        "(default with --model: MODEL/scienceqa-SPLIT.jsonl)")
-    add("--batch-size", type=positive(int), default=16, help="problems answered at once (default: %(default)s)")
-    add("--out", type=Path, help="write the result as JSON to this file, too")
+        f"(default with --model: MODEL/{default})")
+    add("--batch-size", type=positive(int), default=16, help="questions answered at once (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
-    return parser.parse_args()
 
 
 def evaluate_toy(arguments) -> None:
@@ -148,24 +167,46 @@ def evaluate_toy(arguments) -> None:
             gallery(rows, said, arguments.data / "images").save(beside, "PNG")
 
 
-def evaluate_scienceqa(arguments) -> None:
+def made_answers(arguments, questions: dict, default: str) -> dict[str, str]:
+    """The replies that --answers holds; with --model, those that are missing are made and added."""
     if not arguments.model and not arguments.answers:
         raise InputError("name a --model that answers, or --answers that were made before")
+    if not arguments.model:
+        return read_answers(arguments.answers)
+    device = best_device(arguments.device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
+    model, tokenizer = open_llava(arguments.model, dtype, device)
+    return answer_all(model, tokenizer, questions, arguments.answers or arguments.model / default, arguments.batch_size)
+
+
+def evaluate_scienceqa(arguments) -> None:
     problems = scienceqa.read_problems(arguments.data, arguments.split)
-    if arguments.model:
-        device = best_device(arguments.device)
-        dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
-        model, tokenizer = open_llava(arguments.model, dtype, device)
-        path = arguments.answers or arguments.model / f"scienceqa-{arguments.split}.jsonl"
-        answers = scienceqa.answer_problems(model, tokenizer, problems, arguments.data / arguments.split, path,
-                                            arguments.batch_size)
-    else:
-        answers = scienceqa.read_answers(arguments.answers)
-    result = scienceqa.score(problems, answers)
+    questions = scienceqa.asked(problems, arguments.data / arguments.split)
+    result = scienceqa.score(problems, made_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl"))
     print(table({"accuracy": {name: value for name, value in result["accuracy"].items() if value is not None}}))
     say(f"{len(problems)} problems, {result['unreadable']} replies name no option, {result['missing']} have no reply")
     if arguments.out:
         write_json(arguments.out, result, indent=2)
+
+
+def evaluate_bench(arguments) -> None:
+    rows = read_lines(arguments.questions, ("question_id", "image", "text", "category"))
+    if arguments.model and not arguments.images:
+        raise InputError("--model needs --images, the folder of the pictures")
+    questions = {str(row["question_id"]): (f"{IMAGE}\n{row['text']}", [Path(arguments.images or "") / row["image"]])
+                 for row in rows}
+    answers = made_answers(arguments, questions, "bench.jsonl")
+    items = bench.read_questions(arguments.questions, arguments.reference, arguments.context, answers)
+    with gpt.Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:
+        judge = bench.job(items, arguments.both_orders, ledger, arguments.judge)
+        if judge.open():
+            judge.run(gpt.Chat(arguments.judge, arguments.base_url), arguments.workers)
+        result = bench.summary(judge)
+    write_json(arguments.out, result, indent=2)
+    print(table({column: {name: scores[column] for name, scores in result["scores"].items()}
+                 for column in ("relative",)}))
+    if result["without_grade"]:
+        say(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again to ask again")
 
 
 def main() -> None:

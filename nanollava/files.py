@@ -137,3 +137,18 @@ def read_json_list(path: str | Path):
             raise InputError(f"{path} is not JSON: {error}") from error
         yield item
         position = BETWEEN.match(text, position).end()
+
+
+def read_lines(path: str | Path, needs: tuple[str, ...] = ()) -> list[dict]:
+    """The objects of a JSONL file. Raises InputError, naming the line, where one is none or lacks a key."""
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+        missing = [key for key in needs if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise InputError(f"{path}, line {number} lacks {', '.join(missing)}")
+        found.append(row)
+    return found

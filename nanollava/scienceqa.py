@@ -4,18 +4,12 @@ A problem is a question with context, options and maybe a picture. The model wri
 "The answer is B."; the letter is what counts.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from .chat import replies
 from .conversation import IMAGE
-from .files import InputError, read_json, read_text
-from .image import open_image, preprocess
-from .progress import Progress
+from .files import InputError, read_json
 
 LETTERS = "ABCDEFGHIJ"
 ORDERS = ("reason-first", "answer-first")
@@ -93,42 +87,10 @@ def letter_of(text: str, choices: int) -> int | None:
     return named.pop() if len(named) == 1 and max(named) < choices else None
 
 
-def answer_problems(model, tokenizer, problems: dict[str, dict], images: Path, path: Path, batch_size: int = 16,
-                    max_new_tokens: int = 512) -> dict[str, str]:
-    """The model's replies, also written to a JSONL file as they are made; what is in it already is not asked again.
-
-    images: the folder in which problem 7's picture is 7/image.png. Raises InputError where a picture is not there.
-    """
-    done = read_answers(path) if path.exists() else {}
-    asked = {number: [{"from": "human", "value": question(problem)}]
-             for number, problem in problems.items() if number not in done}
-    order = sorted(asked, key=lambda number: len(asked[number][0]["value"]))  # a batch is as long as its longest
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file, Progress("ScienceQA", len(problems), "problems", len(done)) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            files = [images / number / problems[number]["image"] for number in batch if problems[number].get("image")]
-            pixels = [preprocess(open_image(file), model.config.image_size) for file in files]
-            texts = replies(model, tokenizer, [asked[number] for number in batch],
-                            torch.stack(pixels) if pixels else None, max_new_tokens=max_new_tokens)
-            done.update(zip(batch, texts))
-            file.write("".join(json.dumps({"question_id": number, "text": text}) + "\n"
-                               for number, text in zip(batch, texts)))
-            file.flush()
-            progress.update(len(done))
-    return done
-
-
-def read_answers(path: str | Path) -> dict[str, str]:
-    """Replies by problem from a JSONL of {question_id, text}; a problem that comes twice counts with its last."""
-    answers = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            answers[str(row["question_id"])] = row["text"] + ""
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number} is no answer: it needs question_id and text") from error
-    return answers
+def asked(problems: dict[str, dict], images: Path) -> dict[str, tuple[str, list[Path]]]:
+    """The question and the picture files of each problem; `images` is where problem 7's is 7/image.png."""
+    return {number: (question(problem), [images / number / problem["image"]] if problem.get("image") else [])
+            for number, problem in problems.items()}
 
 
 def score(problems: dict[str, dict], answers: dict[str, str]) -> dict:

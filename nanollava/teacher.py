@@ -2,24 +2,15 @@
 
 The teacher never sees a picture. It is told the captions that people wrote for it, and for detailed
 descriptions and reasoning also the boxes of the things in it, and answers as if it saw it. `messages` is
-what it is asked, `parse` what its reply becomes, `Job` the whole of it.
+what it is asked, `parse` what its reply becomes, `job` the whole of it.
 """
 
-import hashlib
-import json
 import random
 import re
-from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict
-from itertools import takewhile
 
 from .coco import Picture
 from .conversation import IMAGE
-from .files import InputError
-from .gpt import Chat, Ledger, RequestError, guess_tokens, in_parallel
-from .progress import Progress
+from .gpt import Job, Ledger, guess_tokens
 
 BRIEF = (  # asks for a caption: the questions of stage 1
     "Describe the picture briefly.",
@@ -265,116 +256,16 @@ def row(kind: str, picture: Picture, reply: str, seed: int) -> dict:
     return {"id": f"{picture.id}-{kind}", "image": picture.file, "conversations": turns}
 
 
-TRIES = 3  # of one picture, as long as the replies must be rejected
+def job(kind: str, pictures: list[Picture], ledger: Ledger, model: str, seed: int) -> Job:
+    """Instruction data of one kind for pictures; its results are rows of the LLaVA JSON."""
+    return Job(kind, model, ledger, pictures, "pictures", name=lambda picture: picture.id,
+               messages=lambda picture: messages(kind, picture.captions, picture.boxes),
+               read=lambda picture, reply: row(kind, picture, reply, seed))
 
 
-class Job:
-    """Instruction data of one kind for pictures, one paid answer each, from a ledger and a `chat` that fills it.
-
-    What comes out depends on the ledger, the pictures and the seed alone.
-    """
-
-    def __init__(self, kind: str, pictures: list[Picture], ledger: Ledger, model: str, seed: int):
-        self.kind, self.pictures, self.ledger, self.model, self.seed = kind, pictures, ledger, model, seed
-
-    def messages(self, picture: Picture) -> list[dict]:
-        return messages(self.kind, picture.captions, picture.boxes)
-
-    def key(self, picture: Picture) -> str:
-        """Names a request in the ledger: other words, or another model, are another request."""
-        asked = json.dumps([self.model, self.messages(picture)], ensure_ascii=True)
-        return f"{picture.id}-{self.kind}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-
-    def read(self, picture: Picture, answer: dict) -> tuple[dict | None, str | None]:
-        """A row of the LLaVA JSON and None, or None and why the answer must be asked for again."""
-        try:
-            found = row(self.kind, picture, answer["text"], self.seed)
-        except ValueError as error:
-            return None, str(error)
-        return (found, None) if answer["whole"] else (None, "it was cut off")
-
-    def replies(self, picture: Picture) -> tuple[dict | None, list[str]]:
-        """What the ledger has for a picture: the row of the first good answer, and why others were rejected."""
-        read = [self.read(picture, answer) for answer in self.ledger[self.key(picture)]]
-        return next((found for found, _ in read if found), None), [problem for _, problem in read if problem]
-
-    def open(self) -> list[Picture]:
-        """The pictures that still need an answer, and have not had all their tries.
-
-        Raises InputError where the ledger is another job's.
-        """
-        others = {(answer.get("kind"), answer.get("model")) for answers in self.ledger.lines.values()
-                  for answer in answers} - {(self.kind, self.model)}
-        if others:
-            raise InputError(f"{self.ledger.path} holds answers of another --kind or --model "
-                             f"{sorted(map(str, others))}: choose another --out")
-        replies = ((picture, *self.replies(picture)) for picture in self.pictures)
-        return [picture for picture, found, rejected in replies if not found and len(rejected) < TRIES]
-
-    def result(self) -> tuple[list[dict], Counter, int]:
-        """The rows, in the order of the pictures; how many replies were rejected, by reason; how many pictures were
-        given up, after all their tries."""
-        rows, reasons, given_up = [], Counter(), 0
-        for found, rejected in map(self.replies, self.pictures):
-            rows += [found] if found else []
-            reasons.update(rejected)
-            given_up += len(rejected) >= TRIES
-        return rows, reasons, given_up
-
-    def estimate(self, pictures: list[Picture]) -> tuple[int, int]:
-        """About how many tokens one answer for each of the pictures takes: to read, and to write."""
-        *task, _ = messages(self.kind, [], [])
-        each = sum(guess_tokens(message["content"]) for message in task)
-        read = sum(each + guess_tokens(context(self.kind, picture.captions, picture.boxes)) for picture in pictures)
-        return read, len(pictures) * sum(guess_tokens(replies[self.kind]) for *_, replies in EXAMPLES) // len(EXAMPLES)
-
-    def ask(self, picture: Picture, chat: Chat, may_buy: Callable[[], bool]) -> str | None:
-        """Buy answers for a picture until one is good; None, or why there is none."""
-        key, problem = self.key(picture), "no try is left"
-        while len(self.ledger[key]) < TRIES:
-            if not may_buy():
-                return "stopped, or the budget is spent"
-            try:
-                answer = chat(self.messages(picture))
-            except RequestError as error:
-                return str(error)
-            _, problem = self.read(picture, asdict(answer))
-            self.ledger.add(key, answer, kind=self.kind, model=self.model, rejected=problem)
-            if problem is None:
-                return None
-        return problem
-
-    def run(self, chat: Chat, workers: int = 4, max_tokens: float = float("inf"), price=(0.0, 0.0)) -> Counter:
-        """Ask for what is missing, until the ledger holds `max_tokens` (the answers then under way still come); how
-        many pictures failed, by reason.
-
-        price: dollars for a million tokens read and written, for the progress line alone. Raises InputError where
-        nothing succeeds any more.
-        """
-        missing, failed, in_a_row = self.open(), Counter(), 0
-
-        def may_buy() -> bool:
-            spent = self.ledger.prompt_tokens + self.ledger.completion_tokens
-            return spent < max_tokens and not chat.stop.is_set()
-
-        answers = in_parallel(lambda picture: self.ask(picture, chat, may_buy), takewhile(lambda _: may_buy(), missing),
-                              workers, chat.stop)
-        with Progress(f"teacher: {self.kind}", len(missing), "pictures") as progress, closing(answers):
-            for done, problem in enumerate(answers, 1):
-                in_a_row = in_a_row + 1 if problem else 0
-                if problem:
-                    if not failed:
-                        progress.tell(f"a picture failed: {problem}")
-                    failed[problem] += 1
-                if in_a_row >= 10 + workers:
-                    raise InputError(f"{in_a_row} pictures in a row failed, the last for this: {problem}")
-                read, written = self.ledger.prompt_tokens, self.ledger.completion_tokens
-                cost = dollars(read, written, price)
-                progress.update(done, f"{(read + written) / 1000:.0f}K tokens" + (f"  ${cost:.2f}" if cost else "")
-                                + (f"  {sum(failed.values())} failed" if failed else ""))
-        return failed
-
-
-def dollars(read: int, written: int, price: tuple[float, float]) -> float:
-    """What tokens cost, at prices for a million read and a million written."""
-    return (read * price[0] + written * price[1]) / 1e6
+def estimate(kind: str, pictures: list[Picture]) -> tuple[int, int]:
+    """About how many tokens one answer for each of the pictures takes: to read, and to write."""
+    *task, _ = messages(kind, [], [])
+    each = sum(guess_tokens(message["content"]) for message in task)
+    read = sum(each + guess_tokens(context(kind, picture.captions, picture.boxes)) for picture in pictures)
+    return read, len(pictures) * sum(guess_tokens(replies[kind]) for *_, replies in EXAMPLES) // len(EXAMPLES)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanollava.chat import replies, stream
+from nanollava.chat import answer_all, prompts, read_answers, replies, stream
 from nanollava.files import InputError
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
@@ -46,3 +46,34 @@ def test_a_reply_ends_where_the_model_can_read_no_further(model, tokenizer):
     model.config.text.max_position_embeddings = length
     with pytest.raises(InputError, match=f"{length} tokens, the model reads {length} at most: begin a new one"):
         list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
+
+
+def test_a_batch_of_ragged_prompts_says_what_each_says_alone(model, tokenizer):
+    questions = ["<image>\nWhat is there?", "Hello, who are you and what can you see?", "<image>\n<image>\nSame?"]
+    turns = [[{"from": "human", "value": question}] for question in questions]
+    images = torch.randn(3, 3, 32, 32)
+    together = replies(model, tokenizer, turns, images, max_new_tokens=12)
+    alone = [replies(model, tokenizer, turns[:1], images[:1], max_new_tokens=12),
+             replies(model, tokenizer, turns[1:2], max_new_tokens=12),
+             replies(model, tokenizer, turns[2:], images[1:], max_new_tokens=12)]
+    assert together == [text for texts in alone for text in texts]
+    assert len({len(prompts(model, tokenizer, [turn])[0][0]) for turn in turns}) == 3
+
+
+def test_answers_are_written_as_they_are_made_and_none_is_made_twice(model, tokenizer, world, tmp_path):
+    picture, path = world / "images" / "train_000000.png", tmp_path / "out" / "answers.jsonl"
+    questions = {str(number): (f"<image>\nNumber {number}?", [picture]) for number in range(3)} | {"x": ("Hi", [])}
+    model.generate = Parrot(*[tokenizer.encode("A cat.") + [2]] * 2)
+    assert answer_all(model, tokenizer, questions, path, batch_size=2) == dict.fromkeys(questions, "A cat.")
+    assert read_answers(path) == dict.fromkeys(questions, "A cat.")
+    model.generate = None
+    assert answer_all(model, tokenizer, questions, path) == dict.fromkeys(questions, "A cat.")
+
+
+def test_answers_made_elsewhere(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"question_id": 7, "text": "B", "model": "x"}\n{"question_id": "8", "text": "C"}\n')
+    assert read_answers(path) == {"7": "B", "8": "C"}
+    path.write_text('{"question_id": 7, "text": "B"}\n{"question_id": 7}\n')
+    with pytest.raises(InputError, match="line 2 lacks text"):
+        read_answers(path)

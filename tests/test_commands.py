@@ -375,7 +375,7 @@ def test_instruct_says_at_once_why_a_picture_failed_and_in_the_end_what_was_reje
     server.moods = [(400, {"message": "too long for me"}), (200, {"choices": [{"message": {"content": "What?"}}]})]
     code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
                              "--workers", 1)
-    assert code == 0 and error.startswith("a picture failed: 400 too long for me\n")
+    assert code == 0 and error.startswith("one of the pictures failed: 400 too long for me\n")
     assert "39 of 40 pictures" in error and "1 failed: 400 too long for me" in error
     assert "1 rejected: a block does not begin with 'Question:'" in error
 
@@ -394,3 +394,38 @@ def test_captions_and_stats(command, coco, tmp_path):
     assert code == 0 and "40 of 40 captions" in error
     code, out, _ = command("prepare_data", "stats", tmp_path / "pretrain.json")
     assert code == 0 and out.split()[:2] == ["rows", "40"]
+
+
+def test_scienceqa_from_problems_to_the_table(command, parts, world, tmp_path):
+    from tests.test_scienceqa import COMET, NOUN
+
+    data = tmp_path / "sqa"
+    (data / "test" / "7").mkdir(parents=True)
+    (data / "test" / "7" / "image.png").write_bytes((world / "images" / "train_000000.png").read_bytes())
+    (data / "problems.json").write_text(json.dumps({"7": COMET, "8": NOUN}))
+    (data / "pid_splits.json").write_text(json.dumps({"test": ["7", "8"]}))
+    code, out, error = command("prepare_data", "scienceqa", "--data", data, "--split", "test", "--out", "sqa.json")
+    assert (code, out) == (0, "sqa.json\n") and "2 problems, 1 with a picture" in error
+    assert command("train", "--stage", 2, *parts, "--data", "sqa.json", "--images", data, "--out", "run")[0] == 0
+    code, out, error = command("nanollava.evaluate", "scienceqa", "--data", data, "--model", "run", "--out", "out.json",
+                               "--device", "cpu")
+    assert code == 0 and "AVG" in out and "2 replies name no option" in error
+    assert read_json("out.json")["accuracy"]["AVG"] == 0.0
+    (tmp_path / "answers.jsonl").write_text('{"question_id": 7, "text": "B"}\n{"question_id": 8, "text": "C"}\n')
+    code, out, _ = command("nanollava.evaluate", "scienceqa", "--data", data, "--answers", "answers.jsonl")
+    assert code == 0 and out.splitlines()[-1].split() == ["AVG", "50.0%"]
+
+
+def test_the_bench_is_judged_once(command, server, tmp_path):
+    for name, row in {"q": {"question_id": 1, "image": "7.jpg", "text": "What?", "category": "conv"},
+                      "r": {"question_id": 1, "text": "A cat."}, "a": {"question_id": 1, "text": "A dog."},
+                      "c": {"image": "7.jpg", "caption": "A cat."}}.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    server.reply = lambda body: "8 6\nIt is a cat."
+    asks = ("nanollava.evaluate", "bench", "--questions", "q", "--reference", "r", "--context", "c", "--answers", "a",
+            "--out", "out.json", "--base-url", f"http://127.0.0.1:{server.server_port}/v1")
+    for _ in range(2):
+        code, out, _ = command(*asks)
+        assert code == 0 and out.splitlines()[-1].split() == ["all", "75.0%"]
+    assert len(server.heard) == 1
+    assert read_json("out.json")["grades"][0]["reasons"] == "It is a cat."

@@ -1,6 +1,6 @@
 import pytest
 
-from nanollava.evaluate import accuracy, answer_all, gallery, same, table, toy_table
+from nanollava.evaluate import accuracy, answer_toy, gallery, same, table, toy_table
 from nanollava.files import read_json
 from nanollava.image import open_image, preprocess
 
@@ -30,11 +30,11 @@ def test_the_wrong_picture_is_another_one(model, tokenizer, world, tmp_path, mon
     model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
     shown = {}
 
-    def answer_all(model, tokenizer, rows, images, label):
+    def answer_toy(model, tokenizer, rows, images, label):
         shown[label] = [row["image"] for row in rows]
         return [""] * len(rows)
 
-    monkeypatch.setattr(evaluate, "answer_all", answer_all)
+    monkeypatch.setattr(evaluate, "answer_toy", answer_toy)
     for limit in (1, None):
         toy_table(tmp_path, world, limit=limit)
         right, wrong = shown["after stage 2"], shown["wrong picture"]
@@ -51,7 +51,7 @@ def test_every_question_gets_the_answer_to_its_own_picture(model, tokenizer, wor
 
     rows = read_json(world / "test.json")
     monkeypatch.setattr(evaluate, "replies", replies)
-    said = answer_all(model, tokenizer, rows, world / "images", batch_size=7)
+    said = answer_toy(model, tokenizer, rows, world / "images", batch_size=7)
     for row, text in zip(rows[::5], said[::5]):
         picture = preprocess(open_image(world / "images" / row["image"]), 32)[None]
         assert text == f"{row['conversations'][0]['value']} {model.see(picture).sum():.4f}"

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from nanollava.files import InputError
-from nanollava.scienceqa import answer, letter_of, question, read_answers, read_problems, rows, score
+from nanollava.scienceqa import answer, letter_of, question, read_problems, rows, score
 
 COMET = {"question": "What is this?", "choices": ["a star", "a comet"], "answer": 1, "hint": "It has a tail.",
          "image": "image.png", "grade": "grade4", "subject": "natural science", "lecture": "Comets have tails.",
@@ -50,15 +50,6 @@ def test_scores_by_category_what_cannot_be_read_is_wrong_and_counted(folder):
                                   "G7-12": 0, "AVG": 50}
     assert (result["unreadable"], result["missing"], result["counts"]["AVG"]) == (1, 0, 2)
     assert score(problems, {"8": "The answer is B."})["missing"] == 1
-
-
-def test_answers_made_elsewhere(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text('{"question_id": 7, "text": "B", "model": "x"}\n{"question_id": "8", "text": "C"}\n')
-    assert read_answers(path) == {"7": "B", "8": "C"}
-    path.write_text('{"question_id": 7, "text": "B"}\n{"question_id": 7}\n')
-    with pytest.raises(InputError, match="line 2 is no answer"):
-        read_answers(path)
 
 
 @pytest.mark.parametrize("problems, splits, complaint", [

@@ -7,7 +7,7 @@ from nanollava import teacher
 from nanollava.coco import Picture
 from nanollava.conversation import INSTRUCTION_KINDS
 from nanollava.files import InputError
-from nanollava.gpt import Answer, Ledger, RequestError, guess_tokens
+from nanollava.gpt import TRIES, Answer, Ledger, RequestError, guess_tokens
 
 
 def test_conversations_are_made_from_captions_alone_the_others_from_boxes_too():
@@ -101,8 +101,12 @@ class Scripted:
 
 
 def job(ledger, pictures=PICTURES, **changes):
-    return teacher.Job(**{"kind": "conversation", "pictures": pictures, "ledger": ledger, "model": "toy", "seed": 0,
+    return teacher.job(**{"kind": "conversation", "pictures": pictures, "ledger": ledger, "model": "toy", "seed": 0,
                           **changes})
+
+
+def rows_of(job):
+    return [row for row in job.result()[0] if row]
 
 
 def test_each_picture_is_asked_about_once_whatever_happens(tmp_path):
@@ -117,10 +121,10 @@ def test_each_picture_is_asked_about_once_whatever_happens(tmp_path):
         job(ledger).run(first, workers=4)
     with Ledger(tmp_path / "ledger") as ledger:
         assert not job(ledger).run(second, workers=4)
-        rows = job(ledger).result()[0]
+        rows = rows_of(job(ledger))
     with Ledger(tmp_path / "ledger") as ledger:
         assert not job(ledger).run(third) and not third.asked
-        assert job(ledger).result()[0] == rows
+        assert rows_of(job(ledger)) == rows
     paid = [text for text in first.asked if text != "A cat number 13."] + second.asked
     assert sorted(paid) == sorted(picture.captions[0] for picture in PICTURES)
     assert [row["image"] for row in rows] == [picture.file for picture in PICTURES]
@@ -134,15 +138,15 @@ def test_a_bad_reply_is_kept_with_its_reason_and_asked_again(tmp_path):
         assert not one.run(Scripted(lambda _: next(replies)))
         bad, good = ledger[one.key(PICTURES[0])]
         assert bad["text"] == "What?" and "does not begin with" in bad["rejected"] and good["rejected"] is None
-        assert one.result()[0][0]["conversations"][1]["value"] == "A cat."
+        assert rows_of(one)[0]["conversations"][1]["value"] == "A cat."
 
 
 def test_after_three_bad_replies_a_picture_is_given_up_for_good(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         chat = Scripted(lambda _: "What?")
         assert job(ledger, PICTURES[:1]).run(chat) == {"a block does not begin with 'Question:'": 1}
-        assert len(chat.asked) == teacher.TRIES
-        assert not job(ledger, PICTURES[:1]).run(chat) and len(chat.asked) == teacher.TRIES
+        assert len(chat.asked) == TRIES
+        assert not job(ledger, PICTURES[:1]).run(chat) and len(chat.asked) == TRIES
 
 
 def test_a_failed_request_costs_no_try(tmp_path):
@@ -152,14 +156,14 @@ def test_a_failed_request_costs_no_try(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         assert job(ledger, PICTURES[:2]).run(Scripted(fails)) == {"too long": 2}
         one = job(ledger, PICTURES[:2])
-        assert not one.run(Scripted()) and len(one.result()[0]) == 2
+        assert not one.run(Scripted()) and len(rows_of(one)) == 2
 
 
 def test_an_answer_that_was_cut_off_is_asked_again(tmp_path):
     chat = Scripted()
     chat.whole = False
     with Ledger(tmp_path / "ledger") as ledger:
-        assert job(ledger, PICTURES[:1]).run(chat) == {"it was cut off": 1} and len(chat.asked) == teacher.TRIES
+        assert job(ledger, PICTURES[:1]).run(chat) == {"it was cut off": 1} and len(chat.asked) == TRIES
 
 
 def test_what_was_paid_for_when_the_job_ended_is_kept(tmp_path):
@@ -178,13 +182,13 @@ def test_what_was_paid_for_when_the_job_ended_is_kept(tmp_path):
         with pytest.raises(InputError, match="in a row") as caught:
             one.run(chat, workers=2)
         assert ended.is_set() and caught  # at once, not when the exception is forgotten
-        assert [row["image"] for row in one.result()[0]] == ["0.jpg"]
+        assert [row["image"] for row in rows_of(one)] == ["0.jpg"]
 
 
 def test_the_seed_draws_the_order(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger).run(Scripted())
-        first, second = (job(ledger, seed=seed).result()[0] for seed in (0, 1))
+        first, second = (rows_of(job(ledger, seed=seed)) for seed in (0, 1))
         assert first != second
 
 
@@ -192,7 +196,7 @@ def test_a_teacher_that_talks_nonsense_is_stopped(tmp_path):
     chat = Scripted(lambda _: "What?")
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(InputError, match="in a row failed.*does not begin with"):
         job(ledger).run(chat, workers=2)
-    assert len(chat.asked) < teacher.TRIES * 20
+    assert len(chat.asked) < TRIES * 20
 
 
 def test_a_budget_is_kept_over_all_runs(tmp_path):
@@ -223,7 +227,7 @@ def test_the_result_counts_the_replies_that_were_no_good_and_the_pictures_given_
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger, PICTURES[:2]).run(Scripted(lambda text: next(replies[text])))
         rows, rejected, given_up = job(ledger, PICTURES[:3]).result()
-        assert [row["image"] for row in rows] == ["0.jpg"] and given_up == 1
+        assert [row and row["image"] for row in rows] == ["0.jpg", None, None] and given_up == 1
         assert rejected == {"a block does not begin with 'Question:'": 3, "it refuses": 1}
 
 
@@ -231,6 +235,6 @@ def test_the_result_counts_the_replies_that_were_no_good_and_the_pictures_given_
 def test_an_estimate_is_of_whole_requests_and_of_answers_like_the_examples(kind):
     pictures = [Picture("0", "0.jpg", ["A cat."], [("cat", [0.1, 0.2, 0.3, 0.4])]), *PICTURES[:2]]
     one = job(None, pictures, kind=kind)
-    read, written = one.estimate(pictures)
+    read, written = teacher.estimate(kind, pictures)
     assert read == sum(guess_tokens(message["content"]) for picture in pictures for message in one.messages(picture))
     assert written == 3 * sum(guess_tokens(replies[kind]) for *_, replies in teacher.EXAMPLES) // 2
