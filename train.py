@@ -32,6 +32,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 ASSETS = Path(__file__).resolve().parent / "assets"
 PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw", save_every=500),
          2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw", save_every=500)}  # its appendix
+LORA_LR = 2e-4  # as in LLaVA-1.5's own recipe for LoRA: ten times the rate of the weights themselves
 PRESETS = {
     "toy": {1: dict(epochs=1, batch_size=8, lr=4e-3, optimizer="adamw", save_every=250),
             2: dict(epochs=1.3, batch_size=16, lr=9e-4, optimizer="muon", save_every=250)},
@@ -139,6 +140,10 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     if start and not (start / "config.json").is_file():
         raise InputError(f"no model at {start} to go on from: train it (--stage 1), or name another (--model)")
     settings = PRESETS[arguments.preset][stage]
+    if stage == 1 and arguments.lora_rank:
+        raise InputError("--lora-rank is for --stage 2: stage 1 leaves the language model alone")
+    if arguments.lora_rank:
+        settings = settings | {"lr": LORA_LR, "optimizer": "adamw"}
     epochs, batch_size, lr, optimizer, save_every = (
         getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size", "lr", "optimizer", "save_every"))
     if batch_size % parallel.world():

@@ -129,6 +129,9 @@ def test_a_picture_that_will_not_open_ends_training_in_one_line(command, parts, 
     (["--model", "a"], ["--stage"]),
     (["--stage", 3], ["--stage"]),
     (["--lr", "0"], ["--lr"]),
+    (["--stage", 1, "--lora-rank", 4], ["--lora-rank", "--stage 2"]),
+    (["--plan"], ["--plan", "--preset 7b"]),
+    (["--stage", 2, "--model", "a", "--data", "x.json"], ["no model at a"]),
 ])
 def test_a_mistake_in_training_is_one_line(command, world, tmp_path, arguments, words):
     (tmp_path / "world").symlink_to(world)

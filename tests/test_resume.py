@@ -84,14 +84,17 @@ def test_however_often_it_is_stopped_a_run_ends_in_the_same_bits(arguments, tmp_
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
-def test_four_processes_take_the_same_steps_as_one(arguments, tmp_path, monkeypatch):
-    arguments += ["--epochs", "4"]
+def test_four_processes_take_the_same_steps_as_one(arguments, world, tmp_path, monkeypatch):
+    arguments += ["--epochs", "4", "--eval-data", world / "instruct.json"]
     process = start(*arguments, "--out", tmp_path / "four", processes=4)
     run(monkeypatch, *arguments, "--out", tmp_path / "one")
     assert process.wait() == 0, process.stderr.read()
     one, four = log(tmp_path / "one"), log(tmp_path / "four")
     assert [row["step"] for row in one] == [row["step"] for row in four] == list(range(20))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, four)) < 1e-3
+    assert one[9]["held_out_loss"] == pytest.approx(four[9]["held_out_loss"], abs=1e-3)
+    best = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("one", "four"))
+    torch.testing.assert_close(*best, rtol=0, atol=1e-3)
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten(arguments, tmp_path, monkeypatch):
