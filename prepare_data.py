@@ -116,8 +116,11 @@ def show_row(arguments) -> None:
 
 
 def price(text: str) -> tuple[float, float]:
-    read, written = map(float, text.split(","))
+    read, written = (positive(float)(part) for part in text.split(","))
     return read, written
+
+
+price.__name__ = "IN,OUT"  # argparse: "invalid IN,OUT value: '30'"
 
 
 def ask_teacher(arguments) -> None:
@@ -130,6 +133,8 @@ def ask_teacher(arguments) -> None:
     if not pictures:
         raise InputError(f"{arguments.captions} has no picture with a caption")
     pictures = pictures[: arguments.limit]
+    if not out.name or out.is_dir():
+        raise InputError(f"--out {out} is a folder: name a file in it")
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
@@ -149,8 +154,11 @@ def ask_teacher(arguments) -> None:
             written = hand_over(job, out)
     for problem, count in failed.items():
         say(f"{count} failed: {problem}")
-    if written:
-        print(out)
+    if ledger.prompt_tokens + ledger.completion_tokens >= arguments.max_tokens:
+        say(f"the budget of --max-tokens {arguments.max_tokens} is spent")
+    if not written:
+        raise InputError(f"no picture has an answer yet, so there is no {out}")
+    print(out)
 
 
 def hand_over(job: gpt.Job, out: Path) -> bool:

@@ -71,7 +71,7 @@ def read_coco(captions: Path, instances: Path | None = None) -> tuple[list[Pictu
             seen.add(name)
 
     for _, row in annotations(captions, content, ("caption",)):
-        text = " ".join(row["caption"].split())
+        text = " ".join(row["caption"].encode("utf-8", "replace").decode().split())  # half a character is "?"
         if text:
             pictures[row["image_id"]].captions.append(text)
 

@@ -97,7 +97,8 @@ def whole_file(path: str | Path):
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:
     with whole_file(path) as beside:
-        beside.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+        beside.write_text(text, encoding="utf-8", errors="replace")  # half a character is "?"
 
 
 def read_text(path: str | Path) -> str:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -29,6 +29,8 @@ from .web import Bearer, is_no_address, lock, pause, secret
 OPENAI = "https://api.openai.com/v1"
 ATTEMPTS = 8  # of one request that the network or the server fails
 FIRST_ATTEMPTS = 3  # where no server was ever reached
+HOPELESS = {401, 402, 403, 404, "401", "402", "403", "404", "insufficient_quota", "billing_not_active",
+            "invalid_api_key", "model_not_found"}  # status, code or type of an error that every request would meet
 
 
 class RequestError(ValueError):
@@ -65,8 +67,9 @@ class Chat:
             raise InputError(f"--base-url {base_url} is no address of a server: it begins with http:// or https://")
         path = address.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.url = urlunsplit(address._replace(path=path))  # Azure has ?api-version= behind the path
-        self.shown = f"{address.scheme}://{host}{path}"
-        self.hidden = [text for text in (self.key, address.query, address.password) if text and len(text) >= 8]
+        self.shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{path}"
+        secrets = (self.key, address.query, address.username, address.password)
+        self.hidden = [text for text in secrets if text and len(text) >= 4]
         self.auth = Bearer(self.key, "api-key", "") if host.endswith(".azure.com") else Bearer(self.key)
 
     def __call__(self, messages: list[dict]) -> Answer:
@@ -79,14 +82,17 @@ class Chat:
                 reply = self.post({"model": self.model, "messages": messages, **self.options})
                 self.reached, headers = True, reply.headers
                 if reply.ok and not reply.is_redirect:
-                    return read(reply.json(), messages)
+                    body = reply.json()
+                    if "error" not in body or "choices" in body:
+                        answer = read(body, messages)
+                        return replace(answer, text=self.hide(answer.text))
                 problem = self.judge(reply)
             except requests.RequestException as error:
                 problem = self.clean(f"{type(error).__name__}: {error}")
                 nobody = "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error)
                 if is_no_address(error) or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
                     raise InputError(f"cannot reach {self.shown}: {problem}") from None
-            except (KeyError, IndexError, TypeError, AttributeError) as error:  # JSON, but no answer
+            except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:  # JSON, but no answer
                 problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")
         raise RequestError(f"{problem} ({ATTEMPTS} attempts)")
 
@@ -100,14 +106,14 @@ class Chat:
 
         def work():
             try:
-                outcome.put(requests.post(self.url, json=body, auth=self.auth, timeout=self.timeout,
-                                          allow_redirects=False))
+                outcome.put(requests.post(self.url, json=body, auth=self.auth, allow_redirects=False,
+                                          timeout=min(self.timeout, 86_400)))
             except Exception as error:
                 outcome.put(error)
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            reply = outcome.get(timeout=self.timeout)
+            reply = outcome.get(timeout=min(self.timeout, threading.TIMEOUT_MAX))
         except queue.Empty:
             raise requests.Timeout(f"no whole answer within {self.timeout:g} seconds") from None
         if isinstance(reply, Exception):
@@ -118,13 +124,13 @@ class Chat:
         """What a server said instead of an answer, if it is worth asking again; raises if it is not."""
         try:
             error = reply.json()["error"]
-            code, text = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
-        except (ValueError, KeyError, TypeError):
-            code, text = None, reply.text[:200]
-        problem, status = self.clean(f"{reply.status_code} {text}"), reply.status_code
+            error = error if isinstance(error, dict) else {"message": error}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            error = {"message": self.clean(reply.text)[:200]}
+        problem, status = self.clean(f"{reply.status_code} {error.get('message')}"), reply.status_code
         if reply.is_redirect:
             raise InputError(f"{self.shown} sends us to another address; if that is right, name it with --base-url")
-        if code == "insufficient_quota" or status in (401, 402, 403, 404):
+        if HOPELESS & {status, str(error.get("code")), str(error.get("type"))}:
             raise InputError(f"{self.shown}: {problem}")
         # newer models of OpenAI want another name for the one, and nothing of the other
         if status == 400 and "max_completion_tokens" in problem and "max_tokens" in self.options:
@@ -136,11 +142,15 @@ class Chat:
             raise RequestError(problem)
         return problem
 
-    def clean(self, text: str) -> str:
-        """One line, without the key or what else an address may hide."""
+    def hide(self, text: str) -> str:
+        """A text without the key or what else an address may hide."""
         for hidden in self.hidden:
             text = text.replace(hidden, "[hidden]")
-        return " ".join(text.split())
+        return text
+
+    def clean(self, text: str) -> str:
+        """The same in one line."""
+        return " ".join(self.hide(text).split())
 
 
 def guess_tokens(text: str) -> int:
@@ -150,13 +160,18 @@ def guess_tokens(text: str) -> int:
 
 def read(body: dict, messages: list[dict]) -> Answer:
     """The answer in a reply; where it does not say how many tokens it took, they are guessed."""
-    choice, usage = body["choices"][0], body.get("usage") or {}
-    text = choice["message"]["content"] or ""
+    choice, usage = body["choices"][0], body.get("usage")
+    text = choice["message"].get("content") or ""
     text = text.encode("utf-8", "replace").decode()  # half a character is "?"
-    return Answer(text,
-                  int(usage.get("prompt_tokens") or sum(guess_tokens(message["content"]) for message in messages)),
-                  int(usage.get("completion_tokens") or guess_tokens(text)),
-                  choice.get("finish_reason") not in ("length", "content_filter"))
+    took = []
+    for key, guess in (("prompt_tokens", sum(guess_tokens(message["content"]) for message in messages)),
+                       ("completion_tokens", guess_tokens(text))):
+        said = usage.get(key) if isinstance(usage, dict) else None
+        took.append(said if type(said) is int and said > 0 else guess)
+    return Answer(text, *took, choice.get("finish_reason") not in ("length", "content_filter"))
+
+
+ROOM = 1 << 18  # bytes that must be left on the disk: more than all answers under way
 
 
 class Ledger:
@@ -174,7 +189,15 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")
         lock(self.file, self.path)
-        self.file.truncate(self.load())
+        whole = self.load()
+        try:
+            self.file.write(b" " * ROOM)  # before anything is bought: is there room to keep it?
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+        finally:
+            self.file.truncate(whole)
         return self
 
     def load(self) -> int:
@@ -194,19 +217,25 @@ class Ledger:
                 whole += len(line)
         return whole
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
         if not self.lines:
             self.path.unlink(missing_ok=True)
-        self.file.close()
+        if kind is not KeyboardInterrupt:  # then answers may still be under way: it stays ours until this process ends
+            self.file.close()
 
     def add(self, key: str, answer: Answer, **more) -> None:
         """Returns when the answer is safe on the disk; also after the ledger was closed, for one that was under way."""
         row = {"key": key, **asdict(answer), **more}
         with self.lock:
             with open(self.path, "ab") as file:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                whole = file.tell()
+                try:
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    os.truncate(self.path, whole)  # no half line for the next one to be added to
+                    raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
             self.remember(row)
 
     def remember(self, row: dict) -> None:

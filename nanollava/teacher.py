@@ -203,8 +203,9 @@ def messages(kind: str, captions: list[str], boxes: list[tuple[str, list[float]]
 
 # what an answer must not speak of, unless the captions do: there are cardboard boxes in pictures
 _FORBIDDEN = re.compile(r"\b(caption|coordinate|bounding box|box)(?:e?s)?\b", re.IGNORECASE)
-_NUMBERS = re.compile(r"\[\s*[01]?\.\d+\s*,")  # a box, copied
-_REFUSAL = re.compile(r"(i'm|i am) (very )?sorry|i (can't|cannot|can not|am unable)|as an ai\b|sorry,", re.IGNORECASE)
+_NUMBERS = re.compile(r"\b[01]?\.\d+\s*,\s*[01]?\.\d+")  # a box, or a corner of one, copied
+_REFUSAL = re.compile(r"(i'm|i am) (very )?sorry|i (can't|cannot|can not)|(i'm|i am) (unable|not able)|i apologi[sz]e"
+                      r"|as an ai\b|sorry,", re.IGNORECASE)
 
 
 def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -> list[dict]:
@@ -236,6 +237,8 @@ def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -
         raise ValueError(f"it contains {IMAGE}")
     known = {word.lower() for word in _FORBIDDEN.findall(" ".join(captions))}
     for answer in texts[1::2]:
+        if _REFUSAL.match(answer.replace("\u2019", "'")):
+            raise ValueError("an answer refuses")
         strange = [word for word in _FORBIDDEN.findall(answer) if word.lower() not in known]
         if strange:
             raise ValueError(f"an answer speaks of a {strange[0].lower()}")

@@ -83,7 +83,7 @@ def test_models_that_want_other_options_get_them(chat, server):
 def test_a_server_that_was_never_there_is_told_soon(monkeypatch):
     chat = Chat("toy", "http://127.0.0.1:9/v1?key=secret-in-address")
     monkeypatch.setattr(chat.stop, "wait", lambda seconds: None)
-    with pytest.raises(InputError, match="cannot reach http://127.0.0.1/v1/chat/completions") as caught:
+    with pytest.raises(InputError, match="cannot reach http://127.0.0.1:9/v1/chat/completions") as caught:
         chat(ASK)
     assert "secret-in-address" not in str(caught.value)
 
@@ -99,6 +99,28 @@ def test_what_a_reply_does_not_say_is_guessed(chat, server):
     choices = [{"message": {"content": "A cat \ud83d sits."}}]
     server.moods = [(200, {"choices": choices, "usage": {"prompt_tokens": None}})]
     assert chat(ASK) == Answer("A cat ? sits.", 4, 5, whole=True)
+
+
+@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": "many"}, {"prompt_tokens": -1000}, None])
+def test_an_odd_account_of_tokens_costs_no_answer(chat, server, usage):
+    server.moods = [(200, {"choices": [{"message": {"content": "A cat."}}], "usage": usage})]
+    answer = chat(ASK)
+    assert answer.text == "A cat." and answer.prompt_tokens > 0 and len(server.heard) == 1
+
+
+def test_the_key_is_hidden_wherever_a_server_repeats_it(chat, server):
+    server.moods = [(200, {"choices": [{"message": {"content": "You are sk-secret."}}]})]
+    assert chat(ASK).text == "You are [hidden]."
+    server.moods = [(401, "x" * 195 + " sk-secret")]
+    with pytest.raises(InputError) as caught:
+        chat(ASK)
+    assert "sk-s" not in str(caught.value)
+
+
+def test_an_error_with_status_200_is_told_in_the_servers_words(chat, server):
+    server.moods = [(200, {"error": {"message": "top up first", "code": 402}})]
+    with pytest.raises(InputError, match="top up first"):
+        chat(ASK)
 
 
 def test_numbers_are_many_tokens():
@@ -200,7 +222,33 @@ def test_an_answer_counts_when_it_is_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt.os, "fsync", lambda file: synced.append((tmp_path / "ledger").read_text()))
     with Ledger(tmp_path / "ledger") as ledger:
         ledger.add("key", Answer("b", 5, 2, True))
-    assert len(synced) == 1 and '"key": "key"' in synced[0]
+    assert '"key": "key"' in synced[-1] and '"key": "key"' not in synced[0]
+
+
+def test_without_room_on_the_disk_nothing_is_bought(tmp_path, monkeypatch):
+    with Ledger(tmp_path / "ledger") as ledger:
+        ledger.add("key", Answer("b", 5, 2, True))
+    monkeypatch.setattr(gpt.os, "fsync", lambda file: full())
+    with pytest.raises(InputError, match="cannot write .*ledger: No space left"):
+        Ledger(tmp_path / "ledger").__enter__()
+    monkeypatch.undo()
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert len(ledger["key"]) == 1
+
+
+def full():
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines(tmp_path, monkeypatch):
+    with Ledger(tmp_path / "ledger") as ledger:
+        ledger.add("one", Answer("b", 5, 2, True))
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot write .*No space left"):
+            patch.setattr(gpt.os, "fsync", lambda file: full())
+            ledger.add("two", Answer("c", 5, 2, True))
+        ledger.add("three", Answer("d", 5, 2, True))
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert list(ledger.lines) == ["one", "three"]
 
 
 def test_an_answer_that_was_under_way_when_the_ledger_closed_is_kept(tmp_path):

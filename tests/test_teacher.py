@@ -45,7 +45,11 @@ def test_a_description_gets_a_question_of_the_list():
     ("Question:\nWhat?\n===\nAnswer:\nThe caption says a cat.", "speaks of a caption"),
     ("Question:\nWhat?\n===\nAnswer:\nThe bounding box is left.", "speaks of a bounding box"),
     ("Question:\nWhat?\n===\nAnswer:\nIts box is left.", "speaks of a box"),
-    ("I\u2019m sorry, but I can't help with that.", "refuses"),
+    ("I\u2019m sorry, but I can't help with that.", "it refuses"),
+    ("I apologize, but no.", "it refuses"),
+    ("I'm unable to assist with that request.", "it refuses"),
+    ("Question:\nWhat?\n===\nAnswer:\nI'm sorry, but I cannot see it.", "an answer refuses"),
+    ("Question:\nWhere?\n===\nAnswer:\nAt (0.280, 0.335).", "numbers of a box"),
     ("Question:\nWhere?\n===\nAnswer:\nAt [0.280, 0.335, 0.742, 0.711].", "numbers of a box"),
     ("Question:\nWhat is <image>?\n===\nAnswer:\nA cat.", "contains <image>"),
 ])
