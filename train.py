@@ -11,6 +11,7 @@ The real thing starts from a CLIP and a Vicuna, with the paper's data and number
         --data llava_instruct_150k.json --images COCO/train2017 --out runs/stage2
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def parse_arguments():
     add("--eval-images", type=Path, metavar="FOLDER", help="folder of its pictures (default: the first of --images)")
     add("--max-length", type=positive(int), default=2048, help="cut off what is beyond so many tokens (default: 2048)")
     add("--skip-bad", action="store_true", help="leave out rows that are broken or whose pictures are")
-    add("--workers", type=int, help="processes that open pictures (default: none on a CPU, else 8)")
+    add("--workers", type=int, choices=range(65), metavar="N", help="processes that open pictures (default: none on a CPU, else 8)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=positive(float), help="times through the data; may be a fraction")
     add("--batch-size", type=positive(int), help="conversations a step, all processes together")
@@ -107,8 +108,8 @@ def main() -> None:
 
 def print_plan(arguments) -> None:
     """What the paper's stages need at the size of --preset."""
-    if arguments.preset == "toy":
-        raise InputError("--plan is for --preset 7b or 13b")
+    if arguments.preset == "toy" or arguments.stage == 0:
+        raise InputError("--plan is for stages 1 and 2 of --preset 7b or 13b")
     for stage in (arguments.stage,) if arguments.stage else (1, 2):
         settings = PRESETS[arguments.preset][stage]
         epochs, batch_size = (getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size"))
@@ -166,8 +167,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
 
     longest = min(arguments.max_length, model.config.text.max_position_embeddings)
     dataset = Conversations(sources, tokenizer, model.config, longest, arguments.skip_bad)
-    if dataset.skipped:
-        say(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out, for they are broken")
+    tell_skipped(dataset)
     steps = max(1, round(epochs * len(dataset) / batch_size))
     order = batch_order(dataset.lengths, batch_size, steps, arguments.seed)
 
@@ -176,8 +176,11 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     parallel.place(model.compute_in(dtype), model.language_model.model.layers, dtype, device)
 
     optimizers = OPTIMIZERS[optimizer](model, lr)
-    run = dict(stage=stage, data=[str(path) for path, _ in sources], rows=len(dataset), steps=steps,
-               batch_size=batch_size, lr=lr, optimizer=optimizer, seed=arguments.seed, lora_rank=arguments.lora_rank)
+    begin = [start] if start else [vision, llm]
+    run = dict(stage=stage, begin=[str(path.resolve()) for path in begin], rows=len(dataset), steps=steps,
+               data=[str(path.resolve()) for path, _ in sources], batch_size=batch_size, lr=lr, optimizer=optimizer,
+               seed=arguments.seed, lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
+               feature_layer=model.config.feature_layer, dtype=str(dtype))
     checkpoints = Checkpoints(out / "resume", model, optimizers, run)
     begun = checkpoints.load()
     workers = arguments.workers if arguments.workers is not None else 0 if device == "cpu" else 8
@@ -185,12 +188,15 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     if arguments.eval_data:
         images = arguments.eval_images or sources[0][1]
         held_out = Conversations([(arguments.eval_data, images)], tokenizer, model.config, longest, arguments.skip_bad)
+        tell_skipped(held_out)
 
     def validate(best: float) -> float:
         rows = batch_order(held_out.lengths, batch_size, max(1, len(held_out) // batch_size), seed=0)
         loss = mean_loss(model, load_batches(held_out, rows, arguments.micro_batch, workers), device)
         if loss < best:
-            model.save_pretrained(out / "best", [tokenizer.path], dtype)
+            model.save_pretrained(out / "best.part", [tokenizer.path], dtype)
+            parallel.first(lambda: (shutil.rmtree(out / "best", ignore_errors=True),
+                                    (out / "best.part").rename(out / "best")))
         return loss
 
     batches = load_batches(dataset, order[begun:], arguments.micro_batch, workers)
@@ -202,12 +208,16 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     checkpoints.clear()
 
 
+def tell_skipped(dataset: Conversations) -> None:
+    if dataset.skipped:
+        say(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out, for they are broken")
+
+
 def find_data(stage: int, arguments) -> list[tuple[Path, Path]]:
     """The JSON files of a stage, each with the folder of its pictures; the toy world is drawn where nobody did yet."""
     data, images = arguments.data or [Path("data/toy")], arguments.images or []
-    if not arguments.data and not data[0].exists() and parallel.rank() == 0:
-        write_world(data[0], arguments.seed)
-    parallel.wait()
+    if not arguments.data:
+        parallel.first(lambda: data[0].exists() or write_world(data[0], arguments.seed))
     if len(data) == 1 and data[0].is_dir():
         return [(data[0] / {1: "pretrain.json", 2: "instruct.json"}[stage], data[0] / "images")]
     for path in data:

@@ -10,6 +10,7 @@ import random
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def check_row(row) -> tuple[list[dict], list[str]]:
     """The turns and the picture files of a row. Raises ValueError, saying what is wrong, if nothing can be learned."""
     if not isinstance(row, dict) or "conversations" not in row:
         raise ValueError("it has no 'conversations'")
-    turns, files = row["conversations"], row.get("image", [])
+    turns, files = row["conversations"], row.get("image") or []
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ValueError("'image' must be a file name or a list of them")
@@ -152,7 +153,8 @@ def bad_pictures(files: list[str]) -> dict[str, str]:
     """What is wrong with those that will not open. Over several processes, each looks at its share."""
     mine = files[parallel.rank() :: parallel.world()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems = zip(progress(pool.map(complaint, mine), "checking ", "pictures", len(mine)), mine)
+        parts = (pool.map(complaint, mine[start : start + 1000]) for start in range(0, len(mine), 1000))
+        problems = zip(progress(chain.from_iterable(parts), "checking ", "pictures", len(mine)), mine)
         return dict(parallel.gathered([(file, problem) for problem, file in problems if problem]))
 
 
@@ -181,18 +183,19 @@ def batch_order(lengths, batch_size: int, steps: int, seed: int) -> list[list[in
     """The rows of each of `steps` batches, epoch after epoch, those of a batch of like lengths, to have little padding.
 
     In every epoch each row comes once, in random order: rows are shuffled, sorted by length within stretches of 50
-    batches, cut into batches, and these shuffled. What is left after the last whole batch is not seen in that epoch;
-    a data set smaller than a batch fills it by coming several times.
+    batches, cut into batches, and these shuffled. What does not fill a last batch, other rows in each epoch, is left
+    out; a data set smaller than a batch fills it by coming several times.
     """
     order, epoch = [], 0
     while len(order) < steps:
         rng = random.Random(seed + epoch)
         rows = list(range(len(lengths))) * math.ceil(batch_size / len(lengths))
         rng.shuffle(rows)
+        rows = rows[: len(rows) // batch_size * batch_size]
         stretch = 50 * batch_size
         rows = [row for start in range(0, len(rows), stretch)
                 for row in sorted(rows[start : start + stretch], key=lengths.__getitem__)]
-        batches = [rows[start : start + batch_size] for start in range(0, len(rows) - batch_size + 1, batch_size)]
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         order += batches
         epoch += 1
@@ -216,6 +219,6 @@ def load_batches(dataset: Conversations, order: list[list[int]], micro_batch: in
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process; the one that trains saves and then ends the others."""
+    """Ctrl-C and SIGTERM may reach every process; the one that trains saves first, and these end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,5 +1,7 @@
 """Picture files to the pixels that CLIP expects (Radford et al., 2021; the public processor's numbers)."""
 
+import contextlib
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +27,34 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming it, for others and strips."""
+@contextlib.contextmanager
+def opened(path: str | Path):
+    """A picture file while it is read. Raises InputError, naming it, for what is none, is broken, or is a strip."""
     try:
         with Image.open(path) as picture:
             if max(picture.size) > 100 * min(picture.size):  # scaled up by its short side, it would fill the memory
                 raise ValueError(f"{picture.width} by {picture.height} pixels, more than 100 times as long as wide")
-            return to_rgb(ImageOps.exif_transpose(picture))
+            yield picture
     except FileNotFoundError as error:
         raise InputError(f"no picture at {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for a broken file
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:  # Pillow's
         raise InputError(f"{path} is not a picture that Pillow can read: {error}") from error
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming it, where it cannot."""
+    with opened(path) as picture:
+        return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def complaint(path: str | Path) -> str | None:
     """What is wrong with a picture file, or None. Much faster than to open it: a JPEG is decoded at an eighth."""
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             picture.draft("RGB", (1, 1))
             picture.load()
-    except FileNotFoundError:
-        return f"no picture at {path}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path} is not a picture that Pillow can read: {error}"
+    except InputError as error:
+        return str(error)
 
 
 def preprocess(picture: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:

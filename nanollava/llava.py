@@ -179,6 +179,7 @@ class Llava(nn.Module):
         if parallel.rank() == 0:
             tensors = checkpoint.llava_tensors(merge_lora(tensors), self.config.image_token_id)
             checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), tensors, files)
+        parallel.wait()
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -7,18 +7,21 @@ is one process, and nothing here does anything.
 
 import atexit
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .files import InputError
+
 
 def start(device: str) -> str:
     """Join the processes that torchrun started, if it did; returns this one's device, "cuda:3" where it was "cuda"."""
     if "RANK" not in os.environ or dist.is_initialized():
         return device
-    if device == "cuda":
+    if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -58,6 +61,18 @@ def gathered(items: list) -> list:
     return items
 
 
+def first(work: Callable[[], object]) -> None:
+    """The first process does it, the others wait. Raises InputError in all of them if it fails."""
+    problem = []
+    if rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as error:
+            problem = [str(error)]
+    for text in gathered(problem):
+        raise InputError(text)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all its slices; every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -77,12 +92,14 @@ def place(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> No
     when it is their turn, and its gradients are averaged in float32. Tensors come from memory-mapped files and go
     block by block, so no process ever holds more than one block of the whole in float32.
     """
+    mesh = None
+    if world() > 1:
+        mesh = torch.distributed.init_device_mesh(device.partition(":")[0], (world(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*blocks, model):
         for parameter in unit.parameters():
             if not isinstance(parameter, DTensor):
                 kept = torch.float32 if parameter.requires_grad else dtype
-                parameter.data = parameter.data.to("cpu" if world() > 1 else device, kept)
-        if world() > 1:
-            mesh = torch.distributed.init_device_mesh(device.partition(":")[0], (world(),))
+                parameter.data = parameter.data.to("cpu" if mesh else device, kept)
+        if mesh:
             fully_shard(unit, mesh=mesh, mp_policy=policy)

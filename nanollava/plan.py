@@ -50,8 +50,9 @@ def memory(model: Llava, rows: int, tokens: int, learned: int, gpus: int = 1, dt
     block_learns = count(block, learning=True) > 0
 
     copies = 0  # of weights, in the dtype of the arithmetic
-    if gpus > 1:  # gathered: the block at work, the next one, and all that is no block
-        copies = size * (total - (layers - 2) * count(block))
+    if gpus > 1:  # gathered: the block at work, the next one, and all that is no block; gradients before they part
+        rest = learning - layers * count(block, learning=True)
+        copies = size * (total - (layers - 2) * count(block)) + (size + 4) * max(rest, count(block, learning=True))
     elif size < 4:
         copies = size * count(block if llama.checkpointing else llama, learning=True)
 

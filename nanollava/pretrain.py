@@ -33,12 +33,14 @@ from .files import say, whole_file
 from .image import preprocess
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
+from .resume import Checkpoints
 from .tokenizer import Tokenizer
 from .training import fit, muon
 from .vision import Encoder, VisionConfig, VisionTower
 
 VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
                       num_hidden_layers=5, num_attention_heads=4)
+SAVE_EVERY = 100  # steps; stage 0 goes on where it was stopped
 GRID = VISION.image_size // VISION.patch_size  # patches a side
 
 
@@ -189,11 +191,11 @@ def picture(things, placed, rng: random.Random) -> torch.Tensor:
 def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=3000, batch_size=128) -> None:
     """Train the toy CLIP by the symmetric contrastive loss on fresh scenes, and save it in bfloat16."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     clip = Clip(tokenizer).to(device)
 
-    def batches():
-        while True:
+    def batches(start):
+        for step in range(start, steps):
+            rng = random.Random(f"{seed} {step}")  # what a step sees depends on its number alone: a run can go on
             scenes, style = clip_scenes(rng, batch_size), rng.randrange(toy.STYLES)
             images = torch.stack([picture(things, toy.boxes(things, rng), rng) for things in scenes])
             yield scenes, images.to(device), [toy.caption(things, style) for things in scenes]
@@ -209,8 +211,12 @@ def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps
         loss.backward()
         return loss.detach()
 
-    fit("toy CLIP ", learn, batches(), steps, muon(clip, 1.5e-3))
+    optimizers = muon(clip, 1.5e-3)
+    checkpoints = Checkpoints(folder / "resume", clip, optimizers, dict(seed=seed, steps=steps, batch_size=batch_size))
+    start = checkpoints.load()
+    fit("toy CLIP ", learn, batches(start), steps, optimizers, checkpoints=checkpoints, start=start, every=SAVE_EVERY)
     clip.save(folder)
+    checkpoints.clear()
 
 
 @torch.no_grad()
@@ -302,18 +308,18 @@ def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=3500, batch_size=16) -> None:
     """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
     torch.manual_seed(seed)
-    rng, drawn = random.Random(seed), toy.scenes(random.Random(seed))
     model = Llava(LlavaConfig(VISION, llama_config(len(tokenizer)), image_token_id=len(tokenizer)))
     initialize(model.language_model)
     model.multi_modal_projector.requires_grad_(False)
     model.to(device)
     told = Told(model, tokenizer)
 
-    def batches():
-        for step in range(steps):
+    def batches(start):
+        for step in range(start, steps):
+            rng = random.Random(f"{seed} {step}")
             first = step < 350
             prose = not first and rng.random() < 1 / 3
-            scenes = [next(drawn) for _ in range(batch_size)]
+            scenes = list(islice(toy.scenes(rng), batch_size))
             rows = []
             for things in scenes:
                 texts = first_lesson(things, rng) if first else lesson(things, rng)
@@ -322,18 +328,23 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
                 rows.append((*tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), []))
             tokens, labels, _ = collate(rows)
             words = None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
-            yield tokens.to(device), labels.to(device), words
+            yield tokens.to(device), labels.to(device), words, rng
 
     def learn(batch):
-        tokens, labels, words = batch
+        tokens, labels, words, rng = batch
         pictures = None if words is None else told(words, rng, forget=0.1, noise=0.3)
         loss = model(tokens, labels=labels, pictures=pictures)
         loss.backward()
         return loss.detach()
 
-    fit("toy LLaMA", learn, batches(), steps, muon(model.language_model, 1.2e-3))
+    optimizers = muon(model.language_model, 1.2e-3)
+    run = dict(seed=seed, steps=steps, batch_size=batch_size)
+    checkpoints = Checkpoints(folder / "resume", model.language_model, optimizers, run)
+    start = checkpoints.load()
+    fit("toy LLaMA", learn, batches(start), steps, optimizers, checkpoints=checkpoints, start=start, every=SAVE_EVERY)
     tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
     checkpoint.write(folder, checkpoint.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
+    checkpoints.clear()
 
 
 def llama_config(vocab_size: int) -> LlamaConfig:
@@ -376,7 +387,7 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
 
 
 def train_parts(folder: Path, seed: int, device: str) -> None:
-    """Make toy-clip/ and toy-llama/ in a folder, whichever is missing."""
+    """Make toy-clip/ and toy-llama/ in a folder, whichever is missing; one that was stopped goes on."""
     clip, llama = folder / "toy-clip", folder / "toy-llama"
     tokenizer = next((Tokenizer(part) for part in (clip, llama) if (part / "tokenizer.model").is_file()), None)
     tokenizer = tokenizer or train_tokenizer(clip / "tokenizer.model", seed)

@@ -9,6 +9,7 @@ them again. A checkpoint gets its name once it is whole; then the one before it 
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -42,29 +43,38 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Write the state after `step` steps; all processes must call this. Raises InputError if it cannot."""
         part, path = self.folder / f".step-{step}.part", self.folder / f"step-{step}"
+
+        def begin() -> None:
+            self.remove(".step-*.part")
+            part.mkdir(parents=True)
+
+        def end() -> None:
+            write_json(part / "run.json", {**self.run, "step": step}, indent=2)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+            self.remove("step-*", but=path)
+
         try:
-            if parallel.rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            parallel.wait()
+            parallel.first(begin)
             with quiet():
                 dcp.save(self.state(), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
-            if parallel.rank() == 0:
-                write_json(part / "run.json", {**self.run, "step": step}, indent=2)
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(part, path)
-                for other in {*self.folder.iterdir()} - {path}:
-                    shutil.rmtree(other)
+            parallel.first(end)
         except TROUBLE as error:
+            if parallel.rank() == 0:
+                self.remove(".step-*.part")  # a full disk is not left full
             raise InputError(f"cannot write {path}: {reason(error)}") from error
-        parallel.wait()
+
+    def remove(self, pattern: str, but: Path | None = None) -> None:
+        for path in self.folder.glob(pattern):
+            if STEP.fullmatch(path.name) and path != but:
+                shutil.rmtree(path)
 
     def load(self) -> int:
         """Put the newest state in its place and return its step, or 0 where there is none.
 
         Raises InputError if it is another run's, or broken.
         """
-        paths = self.folder.glob("step-*")
+        paths = [path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name)]
         path = max(paths, key=lambda path: int(path.name.removeprefix("step-")), default=None)
         if path is None:
             return 0
@@ -82,9 +92,10 @@ class Checkpoints:
             for name, size in sizes.items():
                 if name.startswith("optimizer."):
                     _, number, key, name = name.split(".", 3)
-                    parameter = self.parameters[name]
-                    empty = torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size)
-                    self.optimizers[int(number)].state[parameter][key] = empty.detach()
+                    parameter, optimizer = self.parameters[name], self.optimizers[int(number)]
+                    device = parameter.device if optimizer.defaults.get("fused") else "cpu"  # of AdamW's count of steps
+                    empty = torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size, device=device)
+                    optimizer.state[parameter][key] = empty.detach()
             state = self.state()
             with quiet():
                 dcp.load(state, storage_reader=reader)
@@ -99,6 +110,7 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+STEP = re.compile(r"step-\d+|\.step-\d+\.part")
 TROUBLE = (OSError, SafetensorError, CheckpointException)
 
 

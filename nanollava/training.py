@@ -7,6 +7,7 @@ numbers. Muon is there for the toy world's tiny networks, which it teaches in fe
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -23,12 +24,13 @@ from .resume import Checkpoints
 
 def best_device(wanted: str | None = None) -> str:
     """The device that was asked for, or the fastest kind there is. Raises InputError where it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [name for name in there if there[name]]
-    try:
-        return str(torch.empty(0, device=wanted or there[0]).device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
-        raise InputError(f"--device {wanted} is not there, only {' and '.join(there)}") from error
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = {name: count for name, count in there.items() if count}
+    wanted = wanted or next(iter(there))
+    name, _, number = wanted.partition(":")
+    if name not in there or number and not (number.isdecimal() and int(number) < there[name]):
+        raise InputError(f"--device {wanted} is not there, only {' and '.join(there)}")
+    return wanted
 
 
 def best_dtype(device: str) -> torch.dtype:
@@ -151,21 +153,24 @@ def mean_loss(model: torch.nn.Module, batches, device: str) -> float:
 
 
 class Log:
-    """What is told of a run: log.jsonl, one object a step, and the progress line. Only the first process tells."""
+    """What is told of a run: log.jsonl, one object a step, and the progress line. The first process tells."""
 
     def __init__(self, label: str, path: Path | None, start: int, steps: int):
-        self.label, self.first, self.average = label, parallel.rank() == 0, None
-        self.best, self.before, self.lines = math.inf, 0.0, None  # lowest held-out loss; seconds before this start
-        if path and self.first:
-            rows = [] if start == 0 else [json.loads(line) for line in path.open() if line.endswith("\n")]
-            rows = [row for row in rows if row["step"] < start]  # what a stopped run did after its last checkpoint
-            self.best = min((row["held_out_loss"] for row in rows if "held_out_loss" in row), default=math.inf)
-            self.before = rows[-1]["seconds"] if rows else 0.0
-            with whole_file(path) as beside:
-                beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = read_log(path, start) if path and start else []
+        self.best = min((row["held_out_loss"] for row in rows if "held_out_loss" in row), default=math.inf)
+        self.before = rows[-1]["seconds"] if rows else 0.0  # what the run took before it was stopped
+        self.average = self.lines = None
+        if path:
+            parallel.first(lambda: self.rewrite(path, rows))
+        if path and parallel.rank() == 0:
             self.lines = open(path, "a", buffering=1)
         self.progress = Progress(label, steps, "steps", start)
         self.begin = self.last = time.monotonic()
+
+    def rewrite(self, path: Path, rows: list[dict]) -> None:
+        """Without what a stopped run did after its last checkpoint."""
+        with whole_file(path) as beside:
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self):
         return self
@@ -175,10 +180,9 @@ class Log:
         if self.lines:
             self.lines.close()
 
-    def tell(self, step: int, now: float, loss: float, lr: float, tokens: int, held_out: float | None) -> None:
-        if not self.first:
-            return
-        row = {"step": step, "loss": loss, "lr": lr, "tokens_per_second": round(tokens / max(now - self.last, 1e-9)),
+    def tell(self, step: int, loss: float, lr: float, tokens: int, held_out: float | None) -> None:
+        now = time.monotonic()
+        row = {"step": step, "loss": loss, "lr": lr, "tokens_per_second": round(tokens / (now - self.last)),
                "seconds": round(self.before + now - self.begin, 3)}
         if held_out is not None:
             row["held_out_loss"], self.best = held_out, min(self.best, held_out)
@@ -186,6 +190,20 @@ class Log:
             self.lines.write(json.dumps(row) + "\n")
         self.last, self.average = now, loss if self.average is None else 0.95 * self.average + 0.05 * loss
         self.progress.update(step + 1, f"loss {self.average:.3f}")
+
+    def sync(self) -> None:
+        """What was told is on the disk before the checkpoint that follows it."""
+        if self.lines:
+            os.fsync(self.lines.fileno())
+
+
+def read_log(path: Path, start: int) -> list[dict]:
+    """The rows of the steps before `start`; a line that a power cut left unreadable is passed over."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] < start]
 
 
 @contextlib.contextmanager
@@ -204,6 +222,8 @@ def asked_to_stop():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked:  # it came after the last step had looked
+        signal.raise_signal(asked[0])
 
 
 def fit(
@@ -214,37 +234,36 @@ def fit(
     """Take an optimizer step for each of the batches, from step `start` on.
 
     learn(batch) puts the gradients into the parameters and returns the loss. `log` gets one JSON object a step:
-    step, loss, lr, tokens per second, seconds. After `every` steps, if not 0, the `checkpoints` are saved, and
-    validate(lowest held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and SIGTERM save and
-    end the program. Raises InputError, with rows_of(step), if loss or gradient is not a number any more.
+    step, loss, lr, tokens per second, seconds. After `every` steps, if not 0, and after the last, the `checkpoints`
+    are saved, and validate(lowest held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and
+    SIGTERM save and end the program. Raises InputError, with rows_of(step), if loss or gradient is not a number any
+    more; that step is not taken.
     """
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    waiting, stop = [], False  # numbers are read when the next step is under way, so that the device never waits
-    with Log(label, log, start, steps) as tell, asked_to_stop() if checkpoints else contextlib.nullcontext() as asked:
+    with Log(label, log, start, steps) as told, asked_to_stop() if checkpoints else contextlib.nullcontext() as asked:
         for step, batch in zip(range(start, steps), batches):
             for optimizer, peak in zip(optimizers, peaks):
                 optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
             loss = learn(batch)
             norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            stop = parallel.total(torch.tensor(float(bool(asked)), device=loss.device))  # whichever process was asked
+            loss, norm, stop = torch.stack([loss, norm, stop]).tolist()  # the one place where the device is waited for
+            if not math.isfinite(loss + norm):
+                raise InputError(f"{label}: at step {step} the loss is {loss}, the length of the gradient {norm}; "
+                                 f"lower the learning rate (--lr){rows_of(step)}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            wanted = parallel.total(torch.tensor(float(bool(asked)), device=loss.device))  # by any process
-            waiting.append((step, time.monotonic(), tokens_of(batch), torch.stack([loss, norm, wanted])))
 
             due = step + 1 == steps or every and (step + 1) % every == 0
-            while len(waiting) > (0 if due or stop else 1):
-                number, now, tokens, numbers = waiting.pop(0)
-                value, length, wanted = numbers.tolist()
-                if not math.isfinite(value + length):
-                    raise InputError(f"{label}: at step {number} the loss is {value}, the length of the gradient "
-                                     f"{length}; lower the learning rate (--lr){rows_of(number)}")
-                held_out = validate(tell.best) if validate and due and not waiting else None
-                tell.tell(number, now, value, learning_rate(number, steps, peaks[-1]), tokens, held_out)
-                stop = stop or wanted > 0
-            if checkpoints and step + 1 < steps and (due or stop):
+            held_out = validate(told.best) if validate and due else None
+            told.tell(step, loss, learning_rate(step, steps, peaks[-1]), tokens_of(batch), held_out)
+            if checkpoints and (due or stop):
+                told.sync()
                 checkpoints.save(step + 1)
-            if stop and step + 1 < steps:
+                told.last = time.monotonic()  # not a part of the next step
+            if stop:
+                asked[:] = asked or [signal.SIGTERM]
                 say(f"stopped after {step + 1} of {steps} steps, and saved; --resume goes on from there")
-                raise SystemExit(128 + (asked or [signal.SIGINT])[0])
+                raise SystemExit(128 + asked[0])

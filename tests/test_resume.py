@@ -36,8 +36,9 @@ def arguments(model, tokenizer, world, tmp_path):
 def start(*arguments, processes: int = 0):
     """`python train.py` as a process of its own, or under torchrun as several."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    threads = 1 if processes else torch.get_num_threads()  # sums of more threads differ in the last bit
     return subprocess.Popen([sys.executable, *torchrun, train.__file__, *map(str, arguments)], text=True,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def run(monkeypatch, *arguments):
@@ -51,12 +52,12 @@ def log(folder: Path) -> list[dict]:
 
 
 def stop_after(process, folder: Path, steps: int, how: signal.Signals) -> int:
-    """Send a signal once the log has that many steps; returns the exit code."""
+    """Send a signal, to all of its processes, once the log has that many steps; returns the exit code."""
     path = folder / "log.jsonl"
     while not path.exists() or path.read_text().count("\n") < steps:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(how)
+    os.killpg(process.pid, how)
     return process.wait()
 
 
@@ -65,7 +66,7 @@ def test_however_often_it_is_stopped_a_run_ends_in_the_same_bits(arguments, tmp_
     run(monkeypatch, *arguments, "--out", whole)
     assert log(whole)[-1]["loss"] < 0.7 * log(whole)[0]["loss"]
 
-    process = start(*arguments, "--out", broken)
+    process = start(*arguments, "--out", broken, "--workers", 1)
     assert stop_after(process, broken, 5, signal.SIGTERM) == 128 + signal.SIGTERM
     assert "--resume goes on" in process.stderr.read() and not (broken / "config.json").exists()
     shutil.copytree(broken, shared)
@@ -84,8 +85,11 @@ def test_however_often_it_is_stopped_a_run_ends_in_the_same_bits(arguments, tmp_
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
-def test_four_processes_take_the_same_steps_as_one(arguments, world, tmp_path, monkeypatch):
-    arguments += ["--epochs", "4", "--eval-data", world / "instruct.json"]
+def test_four_processes_take_the_same_steps_as_one(arguments, tmp_path, monkeypatch):
+    """With blocks computed twice as for a big model, and a held-out loss that gets worse."""
+    rows = [{"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "JQ ZX @# 97 WV"}]}] * 8
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    arguments += ["--preset", "7b", "--epochs", "4", "--eval-data", tmp_path / "other.json"]
     process = start(*arguments, "--out", tmp_path / "four", processes=4)
     run(monkeypatch, *arguments, "--out", tmp_path / "one")
     assert process.wait() == 0, process.stderr.read()
@@ -93,8 +97,11 @@ def test_four_processes_take_the_same_steps_as_one(arguments, world, tmp_path, m
     assert [row["step"] for row in one] == [row["step"] for row in four] == list(range(20))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, four)) < 1e-3
     assert one[9]["held_out_loss"] == pytest.approx(four[9]["held_out_loss"], abs=1e-3)
-    best = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("one", "four"))
+    assert one[19]["held_out_loss"] > one[9]["held_out_loss"]
+    best, last = ([load_file(tmp_path / name / part / "model.safetensors") for name in ("one", "four")]
+                  for part in ("best", "."))
     torch.testing.assert_close(*best, rtol=0, atol=1e-3)
+    assert any(not torch.equal(best[0][name], last[0][name]) for name in best[0])
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten(arguments, tmp_path, monkeypatch):
