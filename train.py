@@ -62,7 +62,8 @@ def parse_arguments():
     add("--eval-images", type=Path, metavar="FOLDER", help="folder of its pictures (default: the first of --images)")
     add("--max-length", type=positive(int), default=2048, help="cut off what is beyond so many tokens (default: 2048)")
     add("--skip-bad", action="store_true", help="leave out rows that are broken or whose pictures are")
-    add("--workers", type=int, choices=range(65), metavar="N", help="processes that open pictures (default: none on a CPU, else 8)")
+    add("--workers", type=int, choices=range(65), metavar="N",
+        help="processes that open pictures (default: none on a CPU, else 8)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=positive(float), help="times through the data; may be a fraction")
     add("--batch-size", type=positive(int), help="conversations a step, all processes together")
@@ -200,10 +201,13 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
         return loss
 
     batches = load_batches(dataset, order[begun:], arguments.micro_batch, workers)
-    fit(f"stage {stage}", learner(model, device), batches, steps, optimizers, log=out / "log.jsonl", start=begun,
-        tokens_of=lambda batch: parallel.world() * sum(tokens.numel() for tokens, *_ in batch),
-        checkpoints=checkpoints, every=save_every, validate=validate if held_out else None,
-        rows_of=lambda step: ": " + "; ".join(map(dataset.name, order[step])))
+    try:
+        fit(f"stage {stage}", learner(model, device), batches, steps, optimizers, log=out / "log.jsonl", start=begun,
+            tokens_of=lambda batch: parallel.world() * sum(tokens.numel() for tokens, *_ in batch),
+            checkpoints=checkpoints, every=save_every, validate=validate if held_out else None,
+            rows_of=lambda step: ": " + "; ".join(map(dataset.name, order[step])))
+    except torch.OutOfMemoryError as error:
+        raise InputError("the GPU's memory is full: take fewer rows at once (--micro-batch), and see --plan") from error
     model.save_pretrained(out, [tokenizer.path], dtype)
     checkpoints.clear()
 

@@ -27,6 +27,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+# what Pillow raises for a broken file
+PILLOWS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
 @contextlib.contextmanager
 def opened(path: str | Path):
     """A picture file while it is read. Raises InputError, naming it, for what is none, is broken, or is a strip."""
@@ -37,7 +41,7 @@ def opened(path: str | Path):
             yield picture
     except FileNotFoundError as error:
         raise InputError(f"no picture at {path}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:  # Pillow's
+    except PILLOWS as error:
         raise InputError(f"{path} is not a picture that Pillow can read: {error}") from error
 
 

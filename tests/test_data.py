@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 
 import pytest
@@ -43,6 +44,12 @@ def test_a_length_limit_that_leaves_no_answer_is_told(world, tokenizer, config, 
     assert len(load([GOOD], world, tokenizer, config, tmp_path, max_length=whole - 2)[0][0]) == whole - 2
     with pytest.raises(InputError, match="row 0 .*no answer within 10 tokens; raise --max-length"):
         load([GOOD], world, tokenizer, config, tmp_path, max_length=10)
+
+
+def test_no_picture_may_be_said_in_several_ways(world, tokenizer, config, tmp_path):
+    words = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    rows = [words, {**words, "image": None}, {**words, "image": ""}, {**words, "image": []}]
+    assert [images for _, _, images in load(rows, world, tokenizer, config, tmp_path)] == [[]] * 4
 
 
 def test_rows_without_pictures_may_stand_among_the_others(world, tokenizer, config, tmp_path):
@@ -93,6 +100,19 @@ def test_an_epoch_is_every_row_once_in_batches_of_like_lengths():
     assert order[:10] != order[10:20] and len(order) == 25
     assert all(len({lengths[row] for row in batch}) == 1 for batch in order)
     assert batch_order(lengths, 8, 25, seed=0) == order != batch_order(lengths, 8, 25, seed=1)
+
+
+def test_in_many_epochs_every_row_is_seen_though_no_batch_is_cut_short():
+    order = batch_order(list(range(40)), batch_size=16, steps=100, seed=0)
+    assert {row for batch in order for row in batch} == set(range(40))
+    assert {len(batch) for batch in order} == {16}
+
+
+def test_little_of_a_batch_is_padding():
+    lengths = [round(256 + random.Random(row).lognormvariate(5, 0.5)) for row in range(5000)]  # a picture, and text
+    order = batch_order(lengths, batch_size=32, steps=150, seed=0)
+    longest = sum(32 * max(lengths[row] for row in batch) for batch in order)
+    assert sum(lengths[row] for batch in order for row in batch) > 0.95 * longest
 
 
 def test_a_small_data_set_fills_a_batch_by_coming_again():

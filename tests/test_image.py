@@ -73,3 +73,4 @@ def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("RGB", (3000, 2)).save(tmp_path / "strip.png")
     with pytest.raises(InputError, match="strip.png .* 3000 by 2 pixels"):
         open_image(tmp_path / "strip.png")
+    assert "3000 by 2 pixels" in complaint(tmp_path / "strip.png")

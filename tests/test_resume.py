@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from nanollava import checkpoint
 from nanollava.files import InputError
 from nanollava.resume import Checkpoints
 from nanollava.training import adamw, muon
@@ -38,7 +39,8 @@ def start(*arguments, processes: int = 0):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
     threads = 1 if processes else torch.get_num_threads()  # sums of more threads differ in the last bit
     return subprocess.Popen([sys.executable, *torchrun, train.__file__, *map(str, arguments)], text=True,
-                            stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def run(monkeypatch, *arguments):
@@ -104,6 +106,20 @@ def test_four_processes_take_the_same_steps_as_one(arguments, tmp_path, monkeypa
     assert any(not torch.equal(best[0][name], last[0][name]) for name in best[0])
 
 
+def test_all_of_it_in_two_processes(arguments, model, tokenizer, world, tmp_path):
+    clip, llama = tmp_path / "clip", tmp_path / "llama"
+    checkpoint.write(clip, checkpoint.clip_json(vars(model.config.vision)), model.vision_tower.state_dict())
+    checkpoint.write(llama, checkpoint.llama_json(vars(model.config.text)), model.language_model.state_dict(),
+                     [tokenizer.path])
+    process = start("--vision", clip, "--llm", llama, "--data", world, "--out", tmp_path / "run", "--device", "cpu",
+                    "--epochs", "0.3", processes=2)
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert [json.loads((tmp_path / "run" / stage / "config.json").read_text())["nanollava"]["stage"]
+            for stage in ("stage1", "stage2")] == [1, 2]
+    assert out.count("after stage 2") == 1  # the table, once
+
+
 def test_a_folder_with_something_in_it_is_not_overwritten(arguments, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty: --resume goes on"):
@@ -142,8 +158,11 @@ def test_the_newest_whole_checkpoint_is_taken(model, tmp_path):
     saved = {name: tensor.clone() for name, tensor in checkpoints.state().items()}
     assert [path.name for path in tmp_path.iterdir()] == ["step-10"]
     (tmp_path / ".step-11.part").mkdir()  # what is left of a process that was killed while it saved
+    (tmp_path / "step-12.backup").mkdir()  # and what somebody put there
     one_step(model, optimizers)
     assert checkpoints.load() == 10
+    checkpoints.save(10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-12.backup"]
     assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoints.state().items())
 
 

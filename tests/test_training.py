@@ -81,5 +81,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows():
 
 def test_a_device_that_is_not_there_is_told():
     assert best_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="--device cpu:1 is not there"):
+        best_device("cpu:1")
     with pytest.raises(InputError, match="--device tpu is not there"):
         best_device("tpu")
