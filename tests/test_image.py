@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from nanollava.files import InputError
-from nanollava.image import MEAN, STD, open_image, preprocess
+from nanollava.image import MEAN, STD, complaint, open_image, preprocess
 
 
 def test_pixels_are_normalised_as_clip_wants_them():
