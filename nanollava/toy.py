@@ -278,14 +278,13 @@ def ask_presence(things, rng):
 
 
 def ask_count(things, rng):
-    """The answer goes through all things before it counts: a thought at a time, for a network that has few."""
-    seen = listed([f"{t.place} is {a(t.kind)}" for t in things])
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
+        seen = listed([f"{t.place} is {a(t.kind)}" for t in things])
         return "How many things are there?", sentence(f"{seen}, so {NUMBERS[len(things)]}")
     kind = rng.choice(things).kind if rng.random() < 0.8 else rng.choice(tuple(KINDS))
-    found = sum(t.kind == kind for t in things)
-    counted = f"{NUMBERS[found] if found else 'no'} {kind if found == 1 else plural(kind)}"
-    return f"How many {plural(kind)} are there?", sentence(f"{seen}, so {counted}")
+    found = [t.place for t in things if t.kind == kind]
+    return f"How many {plural(kind)} are there?", (
+        sentence(f"{listed(found)}, so {NUMBERS[len(found)]}") if found else f"There are no {plural(kind)}.")
 
 
 def ask_relation(things, rng):
