@@ -9,9 +9,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+PIECE = 2**24  # weights that are converted at once, where they are not wanted again
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., in) times weight (out, in), in the dtype of x. A big weight is converted piece by piece, so that it is
+    never in memory twice; with gradients as a whole, for they want it back."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.dtype == x.dtype or weight.numel() <= PIECE or torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype), bias)
+    y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(PIECE // weight.shape[1])], dim=-1)
+    return y if bias is None else y + bias
+
+
 class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):

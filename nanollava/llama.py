@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Linear, RMSNorm
+from .layers import Linear, RMSNorm, linear
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight.to(hidden.dtype))  # (..., D) -> (..., V)
+        return linear(hidden, head.weight)  # (..., D) -> (..., V)
 
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None):
         """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.

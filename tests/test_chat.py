@@ -1,7 +1,9 @@
+import os
+
 import pytest
 import torch
 
-from nanollava.chat import answer_all, prompts, read_answers, replies, stream
+from nanollava.chat import answer_all, open_llava, prompts, read_answers, replies, stream
 from nanollava.files import InputError
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
@@ -46,6 +48,17 @@ def test_a_reply_ends_where_the_model_can_read_no_further(model, tokenizer):
     model.config.text.max_position_embeddings = length
     with pytest.raises(InputError, match=f"{length} tokens, the model reads {length} at most: begin a new one"):
         list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
+
+
+def test_what_does_not_fit_the_memory_stays_as_it_is_and_says_the_same(model, tokenizer, tmp_path, monkeypatch, capsys):
+    model.save_pretrained(tmp_path, [tokenizer.path], torch.bfloat16)
+    images, said = torch.randn(1, 3, 32, 32), []
+    for memory in (10**9, 0):
+        monkeypatch.setattr(os, "sysconf", lambda name: memory)
+        opened, _ = open_llava(tmp_path, torch.float32, "cpu")
+        said.append(replies(opened, tokenizer, [QUESTION], images, max_new_tokens=12))
+        assert {p.dtype for p in opened.parameters()} == {torch.float32 if memory else torch.bfloat16}
+    assert said[0] == said[1] and "stays as it is on the disk" in capsys.readouterr().err
 
 
 def test_a_batch_of_ragged_prompts_says_what_each_says_alone(model, tokenizer):
