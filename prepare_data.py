@@ -12,7 +12,7 @@
 import random
 from pathlib import Path
 
-from nanollava import gpt, teacher
+from nanollava import gpt, scienceqa, teacher
 from nanollava.captions import write_pretrain
 from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
@@ -72,8 +72,8 @@ def parse_arguments():
     command = commands.add_parser("scienceqa", doc="ScienceQA's problems to data for stage 2.")
     add = command.add_argument
     add("--data", type=Path, required=True, help="folder with problems.json and pid_splits.json; --images of training")
-    add("--split", choices=("train", "val", "test"), default="train", help="(default: %(default)s)")
-    add("--order", choices=("reason-first", "answer-first"), default="reason-first",
+    add("--split", choices=scienceqa.SPLITS, default="train", help="(default: %(default)s)")
+    add("--order", choices=scienceqa.ORDERS, default="reason-first",
         help="lecture and solution before the letter, or after it (default: %(default)s)")
     add("--out", type=Path, required=True, help="LLaVA JSON to write")
     command.set_defaults(run=expand_scienceqa)
@@ -194,8 +194,6 @@ def expand_captions(arguments) -> None:
 
 
 def expand_scienceqa(arguments) -> None:
-    from nanollava import scienceqa  # here, as below: torch is seconds that no other command waits for
-
     made = scienceqa.rows(arguments.data, arguments.split, arguments.order)
     write_json(arguments.out, made)
     print(arguments.out)
@@ -203,7 +201,7 @@ def expand_scienceqa(arguments) -> None:
 
 
 def print_stats(arguments) -> None:
-    from nanollava.data import stats
+    from nanollava.data import stats  # here, as below: torch is seconds that no other command waits for
 
     numbers, broken = stats(arguments.data)
     for name, number in numbers.items():

@@ -44,8 +44,7 @@ def main() -> None:
     pictures = [open_image(path) for path in arguments.image]
     folder = arguments.model or toy_run()
     device = best_device(arguments.device)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
-    model, tokenizer = open_llava(folder, dtype, device)
+    model, tokenizer = open_llava(folder, best_dtype(device, arguments.dtype), device)
     if model.config.stage == 1:
         say(f"{folder} went through stage 1 only: it can caption, but hardly converse")
     if arguments.seed is not None:

@@ -22,12 +22,12 @@ from nanollava.data import Conversations, batch_order, load_batches
 from nanollava.evaluate import table, toy_table
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
 from nanollava.llava import Llava
-from nanollava.plan import SIZES, freeze, plan
+from nanollava.plan import SIZES, plan
 from nanollava.pretrain import parts_table, train_parts
 from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy import write_world
-from nanollava.training import adamw, best_device, best_dtype, fit, learner, mean_loss, muon
+from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -151,7 +151,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     if batch_size % parallel.world():
         raise InputError(f"--batch-size {batch_size} cannot be shared evenly by {parallel.world()} processes")
     torch.manual_seed(arguments.seed)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
+    dtype = best_dtype(device, arguments.dtype)
 
     sources = find_data(stage, arguments)
     if start:

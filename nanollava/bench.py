@@ -30,8 +30,8 @@ def context_of(row: dict) -> str:
     return "\n".join([*row["captions"], *boxes])
 
 
-def read_questions(questions: Path, reference: Path, context: Path, answers: dict[str, str]) -> list[dict]:
-    """Questions with all that the judge needs: id, category, question, context, reference, answer.
+def join(rows: list[dict], reference: Path, context: Path, answers: dict[str, str]) -> list[dict]:
+    """The rows of a file of questions with what the judge needs: id, category, question, context, reference, answer.
 
     Raises InputError where a question lacks its reference, its context or its answer.
     """
@@ -40,7 +40,7 @@ def read_questions(questions: Path, reference: Path, context: Path, answers: dic
         told[str(row.get("image", row.get("id")))] = row
     theirs = {str(row["question_id"]): row["text"] for row in read_lines(reference, ("question_id", "text"))}
     items = []
-    for row in read_lines(questions, ("question_id", "image", "text", "category")):
+    for row in rows:
         number, image = str(row["question_id"]), str(row["image"])
         for where, found in ((reference, number in theirs), (context, image in told),
                              ("the answers", number in answers)):

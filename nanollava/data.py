@@ -91,14 +91,15 @@ class Conversations(torch.utils.data.Dataset):
                 sizes.append((sum(len(turn["value"].encode()) for turn in turns), len(turns), len(files)))
             if not sizes:
                 raise InputError(f"{path} is empty: it has no conversations")
+        self.spans = np.stack([ends[:-1], ends[1:]], axis=1)  # (rows, 2), where each row begins and ends
         for file, problem in bad_pictures(list(rows_of)).items():
             for row in rows_of[file]:
-                bad.setdefault(row, f"{self.unpack(slice(ends[row], ends[row + 1]))[0]}: {problem}")
+                bad.setdefault(row, f"{self.name(row)}: {problem}")
         if len(bad) == len(sizes) or bad and not skip_bad:
             raise InputError(complain(bad, len(sizes)))
         self.skipped = len(bad)
         good = np.setdiff1d(np.arange(len(sizes)), list(bad))
-        self.spans = np.stack([ends[:-1], ends[1:]], axis=1)[good]  # (rows, 2), where each row begins and ends
+        self.spans = self.spans[good]
         self.lengths = self.estimate(np.array(sizes)[good])  # (rows,)
 
     def check_length(self, turns) -> None:
@@ -121,7 +122,7 @@ class Conversations(torch.utils.data.Dataset):
         """
         pictures = sizes[:, 2] * self.config.tokens_per_image
         known = np.linspace(0, len(sizes) - 1, min(len(sizes), 1000)).astype(int)
-        exact = np.array([len(self.tokenize(self.unpack(slice(*self.spans[row]))[1])[0]) for row in known])
+        exact = np.array([len(self.tokenize(self.unpack(row)[1])[0]) for row in known])
         features = np.concatenate([sizes[:, :2], np.ones((len(sizes), 1))], axis=1)
         line, *_ = np.linalg.lstsq(features[known], exact - pictures[known], rcond=None)
         return np.clip(features @ line + pictures, 1, self.max_length).astype(int)
@@ -131,19 +132,19 @@ class Conversations(torch.utils.data.Dataset):
         return tokenize_conversation(turns, self.tokenizer, config.template, config.tokens_per_image,
                                      config.image_token_id)
 
-    def unpack(self, span: slice) -> tuple[str, list[dict], list[str]]:
+    def unpack(self, index: int) -> tuple[str, list[dict], list[str]]:
         """The name of a row, for error messages, its turns and its picture files."""
-        return json.loads(self.packed[span])
+        return json.loads(self.packed[slice(*self.spans[index])])
 
     def name(self, index: int) -> str:
-        return self.unpack(slice(*self.spans[index]))[0]
+        return self.unpack(index)[0]
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int):
         """(tokens, labels, pictures): two lists of at most max_length, and a list of (3, H, W)."""
-        _, turns, files = self.unpack(slice(*self.spans[index]))
+        _, turns, files = self.unpack(index)
         tokens, labels = self.tokenize(turns)
         images = [preprocess(open_image(file), self.config.image_size) for file in files]
         return tokens[: self.max_length], labels[: self.max_length], images

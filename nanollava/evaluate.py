@@ -1,6 +1,6 @@
-"""How well a model sees: `python -m nanollava.evaluate toy`.
+"""How well a model sees: `python -m nanollava.evaluate toy`, `scienceqa` or `bench` (section 5).
 
-Held-out questions about pictures that no training met, scored by exact match, type by type, against two
+The toy world: held-out questions about pictures that no training met, scored by exact match, type by type, against two
 controls: the same questions about the wrong picture (what can be guessed from the words alone) and the
 model after stage 1 only (what the projector brings before the language model has learned to use it).
 """
@@ -174,8 +174,7 @@ def made_answers(arguments, questions: dict, default: str) -> dict[str, str]:
     if not arguments.model:
         return read_answers(arguments.answers)
     device = best_device(arguments.device)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else best_dtype(device)
-    model, tokenizer = open_llava(arguments.model, dtype, device)
+    model, tokenizer = open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
     return answer_all(model, tokenizer, questions, arguments.answers or arguments.model / default, arguments.batch_size)
 
 
@@ -196,15 +195,14 @@ def evaluate_bench(arguments) -> None:
     questions = {str(row["question_id"]): (f"{IMAGE}\n{row['text']}", [Path(arguments.images or "") / row["image"]])
                  for row in rows}
     answers = made_answers(arguments, questions, "bench.jsonl")
-    items = bench.read_questions(arguments.questions, arguments.reference, arguments.context, answers)
+    items = bench.join(rows, arguments.reference, arguments.context, answers)
     with gpt.Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:
         judge = bench.job(items, arguments.both_orders, ledger, arguments.judge)
         if judge.open():
             judge.run(gpt.Chat(arguments.judge, arguments.base_url), arguments.workers)
         result = bench.summary(judge)
     write_json(arguments.out, result, indent=2)
-    print(table({column: {name: scores[column] for name, scores in result["scores"].items()}
-                 for column in ("relative",)}))
+    print(table({"relative": {name: scores["relative"] for name, scores in result["scores"].items()}}))
     if result["without_grade"]:
         say(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again to ask again")
 

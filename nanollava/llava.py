@@ -176,10 +176,12 @@ class Llava(nn.Module):
             tensor = parallel.whole(tensor)
             if parallel.rank() == 0:
                 tensors[name] = tensor.to("cpu", dtype)
-        if parallel.rank() == 0:
-            tensors = checkpoint.llava_tensors(merge_lora(tensors), self.config.image_token_id)
-            checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), tensors, files)
-        parallel.wait()
+
+        def write() -> None:
+            public = checkpoint.llava_tensors(merge_lora(tensors), self.config.image_token_id)
+            checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), public, files)
+
+        parallel.first(write)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -39,12 +39,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wait() -> None:
-    """Go on when every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
     if dist.is_initialized():

@@ -8,7 +8,7 @@ import torch
 
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
-from .lora import add_lora
+from .training import freeze
 from .vision import VisionConfig
 
 SIZES = {  # the paper's: CLIP ViT-L/14 at 224 pixels and Vicuna
@@ -19,16 +19,6 @@ SIZES = {  # the paper's: CLIP ViT-L/14 at 224 pixels and Vicuna
 ROWS = {1: 595_375, 2: 157_712}  # CC-595K and LLaVA-Instruct-158K
 TEXT = {1: (70, 20), 2: (350, 250)}  # tokens of text a row, and those of them that are learned: about, on average
 A100 = 312e12  # bfloat16 operations a second, at best
-
-
-def freeze(model: Llava, stage: int, lora_rank: int | None = None) -> None:
-    """Stage 1 trains the projector alone, stage 2 the language model too, or thin matrices beside its own."""
-    model.requires_grad_(False)
-    model.multi_modal_projector.requires_grad_(True)
-    if stage == 2 and lora_rank:
-        add_lora(model.language_model, lora_rank)
-    elif stage == 2:
-        model.language_model.requires_grad_(True)
 
 
 def count(module: torch.nn.Module, learning: bool = False) -> int:

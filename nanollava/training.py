@@ -18,6 +18,7 @@ import torch
 from . import parallel
 from .conversation import IGNORE
 from .files import InputError, say, whole_file
+from .lora import add_lora
 from .progress import Progress
 from .resume import Checkpoints
 
@@ -33,8 +34,10 @@ def best_device(wanted: str | None = None) -> str:
     return wanted
 
 
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 on GPUs and on processors that multiply it in hardware; the others only emulate it, slowly."""
+def best_dtype(device: str, wanted: str | None = None) -> torch.dtype:
+    """The dtype that was asked for, or bfloat16 where the hardware multiplies it; others emulate it, slowly."""
+    if wanted:
+        return getattr(torch, wanted)
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -112,10 +115,25 @@ def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr * 20 / 3), *optimizers] if matrices else optimizers
 
 
+def freeze(model: torch.nn.Module, stage: int, lora_rank: int | None = None) -> None:
+    """Stage 1 trains the projector alone, stage 2 the language model too, or thin matrices beside its own (section 4.2)."""
+    model.requires_grad_(False)
+    model.multi_modal_projector.requires_grad_(True)
+    if stage == 2 and lora_rank:
+        add_lora(model.language_model, lora_rank)
+    elif stage == 2:
+        model.language_model.requires_grad_(True)
+
+
+def count_learned(labels: torch.Tensor) -> int:
+    """How many tokens are predicted: labels (B, T) but for the first, which nothing comes before."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
 def losses(model: torch.nn.Module, batch, device: str):
     """Yield for each micro-batch its mean loss, and how many tokens are learned in it."""
     for tokens, labels, images in batch:
-        learned = int((labels[:, 1:] != IGNORE).sum())
+        learned = count_learned(labels)
         tokens, labels, images = (None if tensor is None else tensor.to(device, non_blocking=True)
                                   for tensor in (tokens, labels, images))
         yield model(tokens, images, labels), learned
@@ -129,7 +147,7 @@ def learner(model: torch.nn.Module, device: str) -> Callable:
     """
 
     def learn(batch) -> torch.Tensor:
-        counts = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels, _ in batch)
+        counts = sum(count_learned(labels) for _, labels, _ in batch)
         count = parallel.total(torch.tensor(float(counts), device=device))
         total = torch.zeros((), device=device)
         for loss, learned in losses(model, batch, device):

@@ -71,12 +71,12 @@ def test_questions_find_their_reference_and_context(tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / name
 
-    questions = lines("q", {"question_id": 1, "image": "7.jpg", "text": "What?", "category": "conv"})
+    questions = [{"question_id": 1, "image": "7.jpg", "text": "What?", "category": "conv"}]
     reference = lines("r", {"question_id": 1, "text": "A cat."})
     boxes = {"image": "7.jpg", "captions": ["A cat."], "instances": [{"category": "cat", "bbox": [0.12345, 0, 1, 1]}]}
-    (item,) = bench.read_questions(questions, reference, lines("c", boxes), {"1": "A dog."})
+    (item,) = bench.join(questions, reference, lines("c", boxes), {"1": "A dog."})
     assert item["context"] == "A cat.\ncat: [0.123, 0, 1, 1]" and item["answer"] == "A dog."
     with pytest.raises(InputError, match="question 1 .* has no line in .*c"):
-        bench.read_questions(questions, reference, lines("c", {"image": "8.jpg", "caption": ""}), {"1": "A dog."})
+        bench.join(questions, reference, lines("c", {"image": "8.jpg", "caption": ""}), {"1": "A dog."})
     with pytest.raises(InputError, match="has no line in the answers"):
-        bench.read_questions(questions, reference, lines("c", boxes), {})
+        bench.join(questions, reference, lines("c", boxes), {})

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanollava import Llava, parallel
 from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
-from nanollava.plan import SIZES, count, freeze, memory, operations
-from nanollava.training import adamw, learner
+from nanollava.plan import SIZES, count, memory, operations
+from nanollava.training import adamw, freeze, learner
 from nanollava.vision import VisionConfig
 
 ROWS, TOKENS, LEARNED = 6, 128, 50  # so short that attention, which torch does not count here, is 3 % of the work
