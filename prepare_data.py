@@ -18,7 +18,7 @@ from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
 from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
-from nanollava.toy import write_world
+from nanollava.toy_data import write_world
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 

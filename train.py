@@ -26,7 +26,7 @@ from nanollava.plan import SIZES, plan
 from nanollava.pretrain import parts_table, train_parts
 from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
-from nanollava.toy import write_world
+from nanollava.toy_data import write_world
 from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

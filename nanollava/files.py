@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,26 @@ def whole_file(path: str | Path):
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path):
+    """Yield an empty folder beside `folder` to fill; it takes the name, in one step, once it is full.
+
+    Raises InputError where the folder is there already, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise InputError(f"{folder} is there already; remove it or choose another --out")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:

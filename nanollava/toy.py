@@ -1,32 +1,20 @@
-"""The toy world: pictures that a laptop can learn to see, and a teacher that never sees them.
+"""The toy world: pictures that a laptop can learn to see, and all that is said about them.
 
 A scene is one to three things (a big red cat at the top left, a small blue ball in the middle) on a
-3x3 grid of places. Pillow draws it in 96x96 pixels. Its captions and boxes are written down in COCO's
-format, and, as in section 3 of the paper, *only that text* reaches the teacher, who writes the
-conversations, the detailed descriptions and the reasoning that the model is trained on.
+3x3 grid of places. Pillow draws it in 96x96 pixels. Captions name every thing in it; questions of many
+types have one right answer each.
 
 Every scene belongs either to training or to testing by a hash of its content (`is_held_out`), so the
 two never meet, whatever the seed.
 """
 
 import math
-import os
 import random
-import re
-import shutil
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from PIL import Image, ImageDraw
-
-from . import teacher
-from .captions import pretrain_row
-from .coco import read_coco
-from .conversation import INSTRUCTION_KINDS
-from .files import InputError, write_json
-from .progress import progress
 
 PICTURE_SIZE = 96  # pixels
 KINDS = {  # and the color of their details: eyes, stripe, beak, door, trunk, wheels, belt
@@ -363,97 +351,3 @@ def ask(things: tuple[Thing, ...], rng: random.Random, count: int, types=ASKED) 
         if len(asked) == count:
             break
     return list(asked.values())
-
-
-# ---------------------------------------------------------------------------------------------
-# The teacher
-
-
-_PLACE = "|".join(sorted(PLACES, key=len, reverse=True))  # "at the top left" before "at the top"
-_THING = re.compile(
-    rf"(?:(?P<before>{_PLACE}) )?an? (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) "
-    rf"(?P<kind>{'|'.join(KINDS)})(?: (?P<after>{_PLACE}))?", re.IGNORECASE)
-
-
-def read(text: str) -> tuple[Thing, ...]:
-    """The things that captions speak of, in reading order."""
-    things = {Thing(PLACES.index((m["before"] or m["after"]).lower()), m["kind"], m["color"], m["size"])
-              for m in _THING.finditer(text) if m["before"] or m["after"]}
-    return tuple(sorted(things, key=lambda thing: thing.cell))
-
-
-def toy_teacher(messages: list[dict]) -> str:
-    """A stand-in for the language-only GPT-4 that knows the toy world: chat messages to a reply.
-
-    It sees the text of the request and nothing else, and gives the same reply to the same request.
-    """
-    request = messages[-1]["content"]
-    things, rng = read(request), random.Random(zlib.crc32(request.encode()))
-    if messages[0]["content"] == teacher.SYSTEM["detail"]:
-        return description(things)
-    if messages[0]["content"] == teacher.SYSTEM["reasoning"]:
-        asked = ask(things, rng, 3, tuple(REASONING))
-    else:
-        asked = ask(things, rng, 8)
-    return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for _, question, answer in asked)
-
-
-# ---------------------------------------------------------------------------------------------
-# The world as files
-
-
-def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int = 300) -> None:
-    """Draw a world of `count` training and `tests` test pictures into a new folder, which appears whole.
-
-    images/, annotations/captions.json and instances.json as COCO has them, and LLaVA JSON: pretrain.json (stage 1),
-    instruct.json (stage 2) and test.json (one question a row, of every type, with its `type`).
-    """
-    folder, rng = Path(folder), random.Random(seed)
-    if folder.exists():
-        raise InputError(f"{folder} is there already; remove it or choose another --out")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    images, captions, instances, pretrain, wanted, test = [], [], [], [], [], []
-    try:
-        (beside / "images").mkdir(parents=True)
-        (beside / "annotations").mkdir()
-        training, testing = scenes(rng), scenes(rng, held_out=True)
-        for number in progress(range(count + tests), "toy world", "pictures"):
-            things = next(training if number < count else testing)
-            placed, file = boxes(things, rng), f"{'train' if number < count else 'test'}_{number:06d}.png"
-            draw(things, placed, rng).save(beside / "images" / file)
-            if number >= count:
-                for kind in QUESTIONS:
-                    for _, question, answer in ask(things, rng, 1, (kind,)):
-                        test.append({"id": f"{number}-{kind}", "image": file, "type": kind,
-                                     "conversations": teacher.conversation([question, answer], picture_first=True)})
-                continue
-            sentences = [caption(things, style) for style in range(STYLES)]
-            images.append({"id": number, "file_name": file, "width": PICTURE_SIZE, "height": PICTURE_SIZE})
-            for text in sentences:
-                captions.append({"id": len(captions), "image_id": number, "caption": text})
-            for thing, box in zip(things, placed):
-                category = 1 + list(KINDS).index(thing.kind)
-                instances.append({"id": len(instances), "image_id": number, "category_id": category,
-                                  "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
-            pretrain.append(pretrain_row(number, file, rng.choice(sentences), seed))
-            # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
-            # conversations are long and the two others short
-            wanted.append([kind for kind, often in zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25)) if rng.random() < often])
-        categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(KINDS)]
-        told = beside / "annotations" / "captions.json", beside / "annotations" / "instances.json"
-        write_json(told[0], {"images": images, "annotations": captions})
-        write_json(told[1], {"images": images, "annotations": instances, "categories": categories})
-        # the teacher is told what GPT-4 would be told: COCO's files, read, asked about and parsed as anybody's
-        instruct = []
-        for picture, kinds in zip(read_coco(*told)[0], wanted):
-            for kind in kinds:
-                reply = toy_teacher(teacher.messages(kind, picture.captions, picture.boxes))
-                instruct.append(teacher.row(kind, picture, reply, seed))
-        write_json(beside / "pretrain.json", pretrain)
-        write_json(beside / "instruct.json", instruct)
-        write_json(beside / "test.json", test)
-        beside.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -9,7 +9,7 @@ import torch
 from nanollava import Llava, Tokenizer
 from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
-from nanollava.toy import write_world
+from nanollava.toy_data import write_world
 from nanollava.vision import VisionConfig
 from tests.chat_server import Server
 
