@@ -129,6 +129,9 @@ def parse_arguments():
     add("--data", type=Path, required=True, help="folder with problems.json, pid_splits.json and test/ID/image.png")
     add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
     add("--out", type=Path, help="write the result as JSON to this file, too")
+    add("--ensemble", type=Path, metavar="FOLDER",
+        help="ask GPT-4, too, and combine the answers as the paper does; FOLDER keeps all that GPT-4 says")
+    add_chat(add)
     add_answers(add, "scienceqa-SPLIT.jsonl")
 
     command = commands.add_parser("bench", doc="LLaVA-Bench: GPT-4 grades replies against its own, table 4.")
@@ -139,12 +142,17 @@ def parse_arguments():
     add("--context", type=Path, required=True, help="JSONL of image and caption, or captions and instances")
     add("--out", type=Path, required=True, help="JSON to write; FILE.ledger.jsonl beside it keeps every grade")
     add("--both-orders", action="store_true", help="ask twice, each reply standing first once")
-    add("--judge", default="gpt-4", help="(default: %(default)s)")
-    add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
-    add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
+    add_chat(add)
     add("--images", type=Path, help="folder of the pictures, for --model")
     add_answers(add, "bench.jsonl")
     return parser.parse_args()
+
+
+def add_chat(add) -> None:
+    """The arguments of what a language model is asked over REST; the key is in OPENAI_API_KEY."""
+    add("--gpt", default="gpt-4", metavar="NAME", help="the language model that is asked (default: %(default)s)")
+    add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
+    add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
 
 
 def add_answers(add, default: str) -> None:
@@ -181,11 +189,39 @@ def made_answers(arguments, questions: dict, default: str) -> dict[str, str]:
 def evaluate_scienceqa(arguments) -> None:
     problems = scienceqa.read_problems(arguments.data, arguments.split)
     questions = scienceqa.asked(problems, arguments.data / arguments.split)
-    result = scienceqa.score(problems, made_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl"))
-    print(table({"accuracy": {name: value for name, value in result["accuracy"].items() if value is not None}}))
-    say(f"{len(problems)} problems, {result['unreadable']} replies name no option, {result['missing']} have no reply")
+    answers = made_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl")
+    columns = {"LLaVA": answers} | (ensembles(arguments, problems, answers) if arguments.ensemble else {})
+    scores = {name: scienceqa.score(problems, texts) for name, texts in columns.items()}
+    print(table({name: {category: value for category, value in score["accuracy"].items() if value is not None}
+                 for name, score in scores.items()}))
+    for name, score in scores.items():
+        say(f"{name}: {len(problems)} problems, {score['unreadable']} replies name no option, "
+            f"{score['missing']} have no reply")
     if arguments.out:
-        write_json(arguments.out, result, indent=2)
+        write_json(arguments.out, scores.pop("LLaVA") | scores, indent=2)
+
+
+def ask(job: gpt.Job, arguments) -> list:
+    """What is wanted of each item of a job, None where there is none, after asking for what the ledger lacks."""
+    if job.open():
+        job.run(gpt.Chat(arguments.gpt, arguments.base_url), arguments.workers)
+    return job.result()[0]
+
+
+def ensembles(arguments, problems: dict, ours: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The answers of GPT-4 alone, of LLaVA where GPT-4 has none, and of GPT-4 as the judge (section 5.2)."""
+    train = scienceqa.read_problems(arguments.data, "train")
+    examples = [problem for problem in train.values() if not problem.get("image")][:2]
+    with gpt.Ledger(arguments.ensemble / "alone.jsonl") as ledger:
+        job = scienceqa.alone(problems, examples, ledger, arguments.gpt)
+        theirs = {number: text for number, text in zip(job.items, ask(job, arguments)) if text is not None}
+    both = scienceqa.complement(problems, ours, theirs)
+    with gpt.Ledger(arguments.ensemble / "verdicts.jsonl") as ledger:
+        job = scienceqa.judge(problems, ours, theirs, ledger, arguments.gpt)
+        verdicts = {number: text for number, text in zip(job.items, ask(job, arguments)) if text is not None}
+    say(f"{arguments.gpt}: {len(problems) - len(theirs)} of {len(problems)} problems got no answer, "
+        f"{len(job.items) - len(verdicts)} of {len(job.items)} in dispute no verdict")
+    return {"GPT-4": theirs, "complement": both, "judge": both | verdicts}
 
 
 def evaluate_bench(arguments) -> None:
@@ -197,9 +233,8 @@ def evaluate_bench(arguments) -> None:
     answers = made_answers(arguments, questions, "bench.jsonl")
     items = bench.join(rows, arguments.reference, arguments.context, answers)
     with gpt.Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:
-        judge = bench.job(items, arguments.both_orders, ledger, arguments.judge)
-        if judge.open():
-            judge.run(gpt.Chat(arguments.judge, arguments.base_url), arguments.workers)
+        judge = bench.job(items, arguments.both_orders, ledger, arguments.gpt)
+        ask(judge, arguments)
         result = bench.summary(judge)
     write_json(arguments.out, result, indent=2)
     print(table({"relative": {name: scores["relative"] for name, scores in result["scores"].items()}}))

@@ -318,8 +318,8 @@ class Job:
         others = {(answer.get("kind"), answer.get("model")) for answers in self.ledger.lines.values()
                   for answer in answers} - {(self.kind, self.model)}
         if others:
-            raise InputError(f"{self.ledger.path} holds answers of another --kind or --model "
-                             f"{sorted(map(str, others))}: choose another --out")
+            raise InputError(f"{self.ledger.path} holds answers of another kind or model "
+                             f"{sorted(map(str, others))}: write elsewhere")
         replies = ((item, *self.replies(item)) for item in self.items)
         return [item for item, found, rejected in replies if found is None and len(rejected) < TRIES]
 

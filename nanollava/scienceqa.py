@@ -1,7 +1,7 @@
 """ScienceQA (Lu et al., 2022), section 5.2 of the paper: problems in, a reasoned answer out, and tables 6 and 8.
 
 A problem is a question with context, options and maybe a picture. The model writes the lecture, the solution and
-"The answer is B."; the letter is what counts.
+"The answer is B."; the letter is what counts. GPT-4, which sees no picture, can complement it or judge between the two.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .conversation import IMAGE
 from .files import InputError, read_json
+from .gpt import Job, Ledger
 
 LETTERS = "ABCDEFGHIJ"
 ORDERS = ("reason-first", "answer-first")
@@ -110,3 +111,55 @@ def score(problems: dict[str, dict], answers: dict[str, str]) -> dict:
     accuracy = {name: 100 * right[name] / counts[name] if counts[name] else None for name in CATEGORIES}
     return {"accuracy": accuracy, "counts": {name: counts[name] for name in CATEGORIES}, "unreadable": unreadable,
             "missing": missing}
+
+
+# ---------------------------------------------------------------------------------------------
+# Together with GPT-4
+
+
+ALONE = """You answer multiple-choice questions from school. First say what one has to know, then how it leads to the \
+answer, and end with a line such as "The answer is B." You cannot see pictures. Where what you are told is not enough \
+to choose, say so, and name no letter."""
+
+VERDICT = """You answer multiple-choice questions from school. Two others have answered the one that follows, and they \
+do not agree; if there is a picture, the first of them saw it, and you cannot. Weigh their reasons, then give your own \
+final answer: the reasons, and as the last line one such as "The answer is B.\""""
+
+
+def told(problem: dict) -> str:
+    """The question for one who sees no picture."""
+    return question(problem).replace(IMAGE, "(Here is a picture.)")
+
+
+def alone(problems: dict[str, dict], examples: list[dict], ledger: Ledger, model: str) -> Job:
+    """GPT-4's own answers; as in the paper it is shown two solved problems, `examples`. It may say that it cannot."""
+    shown = [{"role": role, "content": text} for problem in examples
+             for role, text in (("user", told(problem)), ("assistant", answer(problem)))]
+    return Job("alone", model, ledger, list(problems), "problems", name=str, read=lambda _, reply: reply,
+               messages=lambda number: [{"role": "system", "content": ALONE}, *shown,
+                                        {"role": "user", "content": told(problems[number])}])
+
+
+def judge(problems: dict[str, dict], ours: dict[str, str], theirs: dict[str, str], ledger: Ledger, model: str) -> Job:
+    """GPT-4's last word, where its own answer and ours name different letters."""
+
+    def messages(number: str) -> list[dict]:
+        replies = [f"[Answer {which}]\n{texts.get(number, '').strip() or 'I do not know.'}"
+                   for which, texts in enumerate((ours, theirs), 1)]
+        return [{"role": "system", "content": VERDICT},
+                {"role": "user", "content": "\n\n".join([told(problems[number]), *replies])}]
+
+    def read(number: str, reply: str) -> str:
+        if letter_of(reply, len(problems[number]["choices"])) is None:
+            raise ValueError("it names no option")
+        return reply
+
+    apart = [number for number, problem in problems.items()
+             if len({letter_of(texts.get(number, ""), len(problem["choices"])) for texts in (ours, theirs)}) > 1]
+    return Job("verdict", model, ledger, apart, "problems", name=str, messages=messages, read=read)
+
+
+def complement(problems: dict[str, dict], ours: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
+    """GPT-4's answers, and ours where it has none."""
+    return ours | {number: text for number, text in theirs.items()
+                   if letter_of(text, len(problems[number]["choices"])) is not None}

@@ -324,7 +324,7 @@ def test_one_file_holds_one_kind(command, coco, teacher_server, tmp_path):
     before = (tmp_path / "out.json").read_bytes()
     for other in (["--kind", "reasoning"], ["--model", "other"]):
         code, _, error = command(*arguments, *other)
-        assert code == 2 and "another --kind or --model" in error
+        assert code == 2 and "another kind or model" in error
     assert (tmp_path / "out.json").read_bytes() == before
 
 
@@ -417,6 +417,30 @@ def test_scienceqa_from_problems_to_the_table(command, parts, world, tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"question_id": 7, "text": "B"}\n{"question_id": 8, "text": "C"}\n')
     code, out, _ = command("nanollava.evaluate", "scienceqa", "--data", data, "--answers", "answers.jsonl")
     assert code == 0 and out.splitlines()[-1].split() == ["AVG", "50.0%"]
+
+
+def test_gpt_complements_our_answers_and_judges_between(command, server, tmp_path):
+    from tests.test_scienceqa import COMET, NOUN
+
+    (tmp_path / "problems.json").write_text(json.dumps({"7": COMET, "8": NOUN}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["8"], "test": ["7", "8"]}))
+    (tmp_path / "ours.jsonl").write_text('{"question_id": 7, "text": "B"}\n{"question_id": 8, "text": "C"}\n')
+
+    def reply(body):
+        if "Two others" in body["messages"][0]["content"]:
+            return "The answer is A."  # wrong, both times
+        return "I see no picture." if "a comet" in body["messages"][-1]["content"] else "The answer is B."
+
+    server.reply = reply
+    asks = ("nanollava.evaluate", "scienceqa", "--data", tmp_path, "--answers", "ours.jsonl", "--ensemble", "gpt",
+            "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--out", "out.json")
+    for _ in range(2):
+        code, out, _ = command(*asks)
+        assert code == 0 and out.splitlines()[0].split() == ["LLaVA", "GPT-4", "complement", "judge"]
+        assert out.splitlines()[-1].split() == ["AVG", "50.0%", "50.0%", "100.0%", "0.0%"]
+    assert len(server.heard) == 4  # two problems, both in dispute; the second run buys nothing
+    found = read_json("out.json")
+    assert found["accuracy"]["AVG"] == 50 and found["judge"]["accuracy"]["AVG"] == 0
 
 
 def test_the_bench_is_judged_once(command, server, tmp_path):

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from nanollava.files import InputError
-from nanollava.scienceqa import answer, letter_of, question, read_problems, rows, score
+from nanollava.gpt import Answer, Ledger
+from nanollava.scienceqa import alone, answer, complement, judge, letter_of, question, read_problems, rows, score
 
 COMET = {"question": "What is this?", "choices": ["a star", "a comet"], "answer": 1, "hint": "It has a tail.",
          "image": "image.png", "grade": "grade4", "subject": "natural science", "lecture": "Comets have tails.",
@@ -63,3 +64,51 @@ def test_a_broken_problem_is_named(tmp_path, problems, splits, complaint):
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
     with pytest.raises(InputError, match=complaint):
         read_problems(tmp_path, "test")
+
+
+class Gpt:
+    """Says the same to everybody, and remembers what it was asked."""
+
+    def __init__(self, reply):
+        self.reply, self.heard = reply, []
+
+    def __call__(self, messages):
+        self.heard.append([message["content"] for message in messages])
+        return Answer(self.reply, 10, 2, whole=True)
+
+
+def run(job, reply) -> tuple[dict, list]:
+    gpt = Gpt(reply)
+    for item in job.open():
+        job.ask(item, gpt, lambda: True)
+    return dict(zip(job.items, job.result()[0])), gpt.heard
+
+
+def test_gpt_answers_alone_from_words_and_two_examples_and_may_say_that_it_cannot(folder, tmp_path):
+    problems = read_problems(folder, "test")
+    with Ledger(tmp_path / "alone") as ledger:
+        answers, heard = run(alone(problems, [NOUN], ledger, "x"), "There is no way to tell.")
+    assert answers == {"8": "There is no way to tell.", "7": "There is no way to tell."} and len(heard) == 2
+    _, example, solved, asked = heard[1]
+    assert example.startswith("Question: Which is a noun?") and solved.endswith("The answer is B.")
+    assert asked.startswith("(Here is a picture.)\nQuestion: What is this?")
+
+
+def test_as_complement_we_answer_what_gpt_cannot():
+    ours = {"7": "The answer is B.", "8": "The answer is A."}
+    assert complement({"7": COMET, "8": NOUN}, ours, {"7": "I see no picture.", "8": "The answer is B."}) == {
+        "7": "The answer is B.", "8": "The answer is B."}
+    assert complement({"7": COMET, "8": NOUN}, ours, {}) == ours
+
+
+def test_the_judge_decides_where_the_letters_differ_and_only_there(folder, tmp_path):
+    problems = read_problems(folder, "test")
+    ours = {"7": "Comets. The answer is B.", "8": "The answer is A."}
+    theirs = {"7": "The answer is B.", "8": "Dogs are things. The answer is B."}
+    with Ledger(tmp_path / "verdicts") as ledger:
+        verdicts, heard = run(judge(problems, ours, theirs, ledger, "x"), "The second is right. The answer is B.")
+        assert verdicts == {"8": "The second is right. The answer is B."} and len(heard) == 1
+        assert "[Answer 1]\nThe answer is A." in heard[0][1] and "[Answer 2]\nDogs are things." in heard[0][1]
+    with Ledger(tmp_path / "undecided") as ledger:
+        verdicts, heard = run(judge(problems, ours, theirs, ledger, "x"), "Both are fine.")
+        assert verdicts == {"8": None} and len(heard) == 3  # asked again, then given up

@@ -222,7 +222,7 @@ def test_other_captions_are_another_request(tmp_path):
 def test_a_ledger_is_of_one_kind_and_one_model(tmp_path, change):
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger).run(Scripted())
-        with pytest.raises(InputError, match="another --kind or --model"):
+        with pytest.raises(InputError, match="another kind or model"):
             job(ledger, **change).open()
 
 
