@@ -19,6 +19,7 @@ from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_
 from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy_data import write_world
+from nanollava.toy_scienceqa import write_problems
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -33,6 +34,12 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     add("--scenes", type=positive(int), default=8000, help="pictures to train on (default: %(default)s)")
     command.set_defaults(run=draw_toy_world)
+
+    command = commands.add_parser("toy-scienceqa", doc="Draw a ScienceQA of the toy world: problems, splits, pictures.")
+    add = command.add_argument
+    add("--out", type=Path, default=Path("data/toy-scienceqa"), help="folder to write (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed, other problems (default: %(default)s)")
+    command.set_defaults(run=draw_toy_problems)
 
     command = commands.add_parser("show", doc="Print a row as the model reads it: green is learned, grey is only read.")
     add = command.add_argument
@@ -99,6 +106,11 @@ def main() -> None:
 
 def draw_toy_world(arguments) -> None:
     write_world(arguments.out, arguments.seed, arguments.scenes)
+    print(arguments.out)
+
+
+def draw_toy_problems(arguments) -> None:
+    write_problems(arguments.out, arguments.seed)
     print(arguments.out)
 
 

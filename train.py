@@ -19,15 +19,16 @@ import torch
 from nanollava import parallel
 from nanollava.conversation import TEMPLATES
 from nanollava.data import Conversations, batch_order, load_batches
-from nanollava.evaluate import table, toy_table
+from nanollava.evaluate import table, toy_table, write_toy_report
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
 from nanollava.pretrain import parts_table, train_parts
+from nanollava.report import write_report
 from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy_data import write_world
-from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon
+from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon, read_log
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -128,8 +129,10 @@ def train_toy(run: Path, arguments, device: str) -> None:
     for stage in (1, 2):
         train_stage(stage, run / "stage1" if stage == 2 else None, run / f"stage{stage}", arguments, device)
     if parallel.rank() == 0:
-        columns, *_ = toy_table(run, data, device)
+        columns, rows, said = toy_table(run, data, device)
         print(table(columns))
+        write_toy_report(run, data, columns, rows, said)
+        say(f"look at it in a browser: {run / 'report.html'}")
         say("ask it something: python sample.py --image cat.jpg")
 
 
@@ -210,6 +213,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
         raise InputError("the GPU's memory is full: take fewer rows at once (--micro-batch), and see --plan") from error
     model.save_pretrained(out, [tokenizer.path], dtype)
     checkpoints.clear()
+    parallel.first(lambda: write_report(out / "report.html", str(out), {f"Stage {stage}": read_log(out / "log.jsonl")}))
 
 
 def tell_skipped(dataset: Conversations) -> None:

@@ -1,4 +1,4 @@
-"""How well a model sees: `python -m nanollava.evaluate toy`, `scienceqa` or `bench` (section 5).
+"""How well a model sees: `python -m nanollava.evaluate toy`, `scienceqa`, `bench` or `report` (section 5).
 
 The toy world: held-out questions about pictures that no training met, scored by exact match, type by type, against two
 controls: the same questions about the wrong picture (what can be guessed from the words alone) and the
@@ -7,20 +7,24 @@ model after stage 1 only (what the projector brings before the language model ha
 
 import textwrap
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import bench, gpt, scienceqa
-from .chat import answer_all, open_llava, read_answers, replies
+from .chat import answer_all, open_llava, read_answers, replies, stream
 from .conversation import IMAGE
-from .files import InputError, Parser, one_line_errors, positive, read_json, read_lines, say, whole_file, write_json
+from .data import check_row
+from .files import InputError, Parser, one_line_errors, positive, read_json, read_json_list, read_lines, say, \
+    whole_file, write_json
 from .image import open_image, preprocess
 from .llava import Llava
-from .progress import Progress
+from .progress import Progress, progress
+from .report import Told, write_report
 from .tokenizer import Tokenizer
-from .training import best_device, best_dtype
+from .training import best_device, best_dtype, read_log
 
 
 def same(reply: str, truth: str) -> bool:
@@ -110,6 +114,17 @@ def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2,
     return sheet
 
 
+def write_toy_report(run: Path, data: Path, columns: dict, rows, said: list[str], pictures: int = 24) -> None:
+    """RUN/report.html: the losses of both stages, the table, and what the model said about some of the pictures."""
+    logs = {f"Stage {stage}": read_log(run / f"stage{stage}" / "log.jsonl") for stage in (1, 2)}
+    told = {}
+    for row, reply in zip(rows, said):
+        question, truth = (turn["value"] for turn in row["conversations"])
+        told.setdefault(row["image"], []).append(Told(question, reply, truth, same(reply, truth)))
+    cards = [(data / "images" / file, asked) for file, asked in list(told.items())[:pictures]]
+    write_report(run / "report.html", "A toy LLaVA", logs, columns, cards)
+
+
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.evaluate")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
@@ -122,6 +137,15 @@ def parse_arguments():
     add("--out", type=Path, help="write the table as JSON to this file, too")
     add("--picture", type=Path, help="paint some scenes with the model's answers to this file")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
+
+    command = commands.add_parser("report", doc="A page for a run: its losses, and its replies to held-out rows.")
+    command.set_defaults(run_command=evaluate_report)
+    add = command.add_argument
+    add("--model", type=Path, required=True, help="folder that train.py wrote; report.html appears in it")
+    add("--data", type=Path, required=True, help="LLaVA JSON; of each row the first question is asked")
+    add("--images", type=Path, required=True, help="folder of its pictures")
+    add("--limit", type=positive(int), default=24, help="how many of the first rows (default: %(default)s)")
+    add_device(add)
 
     command = commands.add_parser("scienceqa", doc="ScienceQA by category, the columns of the paper's table 6.")
     command.set_defaults(run_command=evaluate_scienceqa)
@@ -161,6 +185,10 @@ def add_answers(add, default: str) -> None:
     add("--answers", type=Path, help="JSONL of question_id and text: read, and with --model completed "
         f"(default with --model: MODEL/{default})")
     add("--batch-size", type=positive(int), default=16, help="questions answered at once (default: %(default)s)")
+    add_device(add)
+
+
+def add_device(add) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
 
@@ -168,11 +196,31 @@ def add_answers(add, default: str) -> None:
 def evaluate_toy(arguments) -> None:
     columns, rows, said = toy_table(arguments.run, arguments.data, best_device(arguments.device), arguments.limit)
     print(table(columns))
+    write_toy_report(arguments.run, arguments.data, columns, rows, said)
     if arguments.out:
         write_json(arguments.out, columns, indent=2)
     if arguments.picture:
         with whole_file(arguments.picture) as beside:
             gallery(rows, said, arguments.data / "images").save(beside, "PNG")
+
+
+def evaluate_report(arguments) -> None:
+    device = best_device(arguments.device)
+    model, tokenizer = open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
+    cards = []
+    rows = list(islice(read_json_list(arguments.data), arguments.limit))
+    for number, row in enumerate(progress(rows, "answers  ", "rows")):
+        try:
+            turns, files = check_row(row)
+        except ValueError as error:
+            raise InputError(f"{arguments.data}, row {number}: {error}") from error
+        paths = [arguments.images / file for file in files[: turns[0]["value"].count(IMAGE)]]
+        images = [preprocess(open_image(path), model.config.image_size) for path in paths]
+        reply = "".join(stream(model, tokenizer, turns[:1], images))
+        cards.append((paths[0] if paths else None, [Told(turns[0]["value"], reply, turns[1]["value"])]))
+    path = arguments.model / "report.html"
+    write_report(path, str(arguments.model), {"Training": read_log(arguments.model / "log.jsonl")}, cards=cards)
+    print(path)
 
 
 def made_answers(arguments, questions: dict, default: str) -> dict[str, str]:

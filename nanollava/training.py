@@ -215,8 +215,8 @@ class Log:
             os.fsync(self.lines.fileno())
 
 
-def read_log(path: Path, start: int) -> list[dict]:
-    """The rows of the steps before `start`; a line that a power cut left unreadable is passed over."""
+def read_log(path: Path, start: float = math.inf) -> list[dict]:
+    """The rows of the steps before `start`, none where there is no such file; a line that a power cut left unreadable is passed over."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

@@ -419,6 +419,16 @@ def test_scienceqa_from_problems_to_the_table(command, parts, world, tmp_path):
     assert code == 0 and out.splitlines()[-1].split() == ["AVG", "50.0%"]
 
 
+def test_a_run_has_a_page_and_gets_replies_on_it(command, parts, world):
+    data = ["--data", world / "instruct.json", "--images", world / "images"]
+    assert command("train", "--stage", 2, *parts, *data, "--out", "run")[0] == 0
+    page = Path("run/report.html")
+    assert "<polyline" in page.read_text() and "<img" not in page.read_text()
+    code, out, _ = command("nanollava.evaluate", "report", "--model", "run", *data, "--limit", 2, "--device", "cpu")
+    assert (code, out) == (0, "run/report.html\n")
+    assert "<polyline" in page.read_text() and page.read_text().count("<img") == 2
+
+
 def test_gpt_complements_our_answers_and_judges_between(command, server, tmp_path):
     from tests.test_scienceqa import COMET, NOUN
 
