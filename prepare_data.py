@@ -16,7 +16,7 @@ from nanollava import gpt, scienceqa, teacher
 from nanollava.captions import write_pretrain
 from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
-from nanollava.files import InputError, Parser, one_line_errors, positive, read_json, say, write_json
+from nanollava.files import InputError, Parser, add_command, one_line_errors, positive, read_json, say, write_json
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy_data import write_world
 from nanollava.toy_scienceqa import write_problems
@@ -28,20 +28,20 @@ def parse_arguments():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
 
-    command = commands.add_parser("toy", doc="Draw the toy world: pictures, captions, boxes, conversations, a test.")
+    command = add_command(commands, "toy", "Draw the toy world: pictures, captions, boxes, conversations, a test.")
     add = command.add_argument
     add("--out", type=Path, default=Path("data/toy"), help="folder to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     add("--scenes", type=positive(int), default=8000, help="pictures to train on (default: %(default)s)")
     command.set_defaults(run=draw_toy_world)
 
-    command = commands.add_parser("toy-scienceqa", doc="Draw a ScienceQA of the toy world: problems, splits, pictures.")
+    command = add_command(commands, "toy-scienceqa", "Draw a ScienceQA of the toy world: problems, splits, pictures.")
     add = command.add_argument
     add("--out", type=Path, default=Path("data/toy-scienceqa"), help="folder to write (default: %(default)s)")
     add("--seed", type=int, default=0, help="another seed, other problems (default: %(default)s)")
     command.set_defaults(run=draw_toy_problems)
 
-    command = commands.add_parser("show", doc="Print a row as the model reads it: green is learned, grey is only read.")
+    command = add_command(commands, "show", "Print a row as the model reads it: green is learned, grey is only read.")
     add = command.add_argument
     add("--data", type=Path, default=Path("data/toy/instruct.json"), help="LLaVA JSON (default: %(default)s)")
     add("--model", type=Path, default=ASSETS / "toy-llama", help="folder of the tokenizer (default: assets/toy-llama)")
@@ -49,7 +49,7 @@ def parse_arguments():
     add("--row", type=int, help="which row, from 0 (default: one by chance)")
     command.set_defaults(run=show_row)
 
-    command = commands.add_parser("instruct", doc="Have a language model write instruction data about COCO's pictures.")
+    command = add_command(commands, "instruct", "Have a language model write instruction data about COCO's pictures.")
     add = command.add_argument
     add("--captions", type=Path, required=True, help="COCO's captions_*.json")
     add("--instances", type=Path, help="COCO's instances_*.json, for --kind detail and reasoning")
@@ -67,7 +67,7 @@ def parse_arguments():
     add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
     command.set_defaults(run=ask_teacher)
 
-    command = commands.add_parser("captions", doc="Pictures with captions to data for stage 1.")
+    command = add_command(commands, "captions", "Pictures with captions to data for stage 1.")
     add = command.add_argument
     add("--captions", type=Path, required=True,
         help="COCO's captions_*.json, a .json or .jsonl of {image, caption}, or lines of image TAB caption")
@@ -76,7 +76,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="draws questions, orders and what is thinned out (default: %(default)s)")
     command.set_defaults(run=expand_captions)
 
-    command = commands.add_parser("scienceqa", doc="ScienceQA's problems to data for stage 2.")
+    command = add_command(commands, "scienceqa", "ScienceQA's problems to data for stage 2.")
     add = command.add_argument
     add("--data", type=Path, required=True, help="folder with problems.json and pid_splits.json; --images of training")
     add("--split", choices=scienceqa.SPLITS, default="train", help="(default: %(default)s)")
@@ -85,11 +85,11 @@ def parse_arguments():
     add("--out", type=Path, required=True, help="LLaVA JSON to write")
     command.set_defaults(run=expand_scienceqa)
 
-    command = commands.add_parser("stats", doc="What is in a LLaVA JSON, and which of its rows are broken.")
+    command = add_command(commands, "stats", "What is in a LLaVA JSON, and which of its rows are broken.")
     command.add_argument("data", type=Path, metavar="FILE")
     command.set_defaults(run=print_stats)
 
-    command = commands.add_parser("weights", doc="Download a CLIP, LLaMA or LLaVA from the Hugging Face hub.")
+    command = add_command(commands, "weights", "Download a CLIP, LLaMA or LLaVA from the Hugging Face hub.")
     add = command.add_argument
     add("repository", metavar="OWNER/NAME", help="as on huggingface.co; HF_TOKEN opens what asks for consent")
     add("--revision", default="main", help="a branch, a tag or a commit (default: %(default)s)")

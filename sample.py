@@ -9,13 +9,7 @@
 import sys
 from pathlib import Path
 
-import torch
-
-from nanollava.chat import open_llava, stream
-from nanollava.conversation import IMAGE
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
-from nanollava.image import open_image, preprocess
-from nanollava.training import best_device, best_dtype
 
 TOY = Path("runs/toy")
 
@@ -33,6 +27,17 @@ def parse_arguments():
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
+
+import torch
+
+from nanollava.chat import open_llava, stream
+from nanollava.conversation import IMAGE
+from nanollava.image import open_image, preprocess
+from nanollava.training import best_device, best_dtype
 
 
 def main() -> None:

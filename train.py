@@ -14,23 +14,9 @@ The real thing starts from a CLIP and a Vicuna, with the paper's data and number
 import shutil
 from pathlib import Path
 
-import torch
-
-from nanollava import parallel
 from nanollava.conversation import TEMPLATES
-from nanollava.data import Conversations, batch_order, load_batches
-from nanollava.evaluate import table, toy_table, write_toy_report
 from nanollava.files import InputError, Parser, one_line_errors, positive, say
-from nanollava.llava import Llava
-from nanollava.plan import SIZES, plan
-from nanollava.pretrain import parts_table, train_parts
-from nanollava.report import write_report
-from nanollava.resume import Checkpoints
-from nanollava.tokenizer import Tokenizer
-from nanollava.toy_data import write_world
-from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon, read_log
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
 ASSETS = Path(__file__).resolve().parent / "assets"
 PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw", save_every=500),
          2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw", save_every=500)}  # its appendix
@@ -47,6 +33,7 @@ def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to train").add_argument
     add("--stage", type=int, choices=(0, 1, 2), help="0 makes the toy CLIP and LLaMA; default: 1, then 2, if missing")
+    add("--small-llm", action="store_true", help="stage 0 makes a LLaMA of a third of the size, for the ablations")
     add("--preset", choices=PRESETS, default="toy", help="steps and rates: the toy world's (default) or the paper's")
     add("--vision", type=Path, help="folder of a CLIP (default: assets/toy-clip)")
     add("--llm", type=Path, help="folder of a LLaMA (default: assets/toy-llama)")
@@ -70,7 +57,7 @@ def parse_arguments():
     add("--batch-size", type=positive(int), help="conversations a step, all processes together")
     add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
-    add("--optimizer", choices=OPTIMIZERS, help="adamw, the paper's, or muon (default: muon for the toy's stage 2)")
+    add("--optimizer", choices=("adamw", "muon"), help="the paper's adamw, or muon (default: adamw; toy stage 2: muon)")
     add("--seed", type=int, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -81,6 +68,26 @@ def parse_arguments():
     add("--gpus", type=positive(int), default=8, help="how many there would be, for --plan (default: 8)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
+
+import torch
+
+from nanollava import parallel
+from nanollava.data import Conversations, batch_order, load_batches
+from nanollava.report import table, write_report
+from nanollava.llava import Llava
+from nanollava.plan import SIZES, plan
+from nanollava.pretrain import parts_table, train_parts
+from nanollava.resume import Checkpoints
+from nanollava.tokenizer import Tokenizer
+from nanollava.toy_data import write_world
+from nanollava.toy_score import toy_table, write_toy_report
+from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon, read_log
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def main() -> None:
@@ -97,7 +104,7 @@ def main() -> None:
         if parallel.world() > 1:
             raise InputError("--stage 0 runs in one process: start it with `python train.py --stage 0`")
         folder = arguments.out or Path("runs/toy/stage0")
-        train_parts(folder, arguments.seed, device)
+        train_parts(folder, arguments.seed, device, arguments.small_llm)
         print(table(parts_table(folder, device)))
     elif arguments.stage == 1:
         train_stage(1, arguments.model, arguments.out or Path("runs/toy/stage1"), arguments, device)

@@ -1,145 +1,46 @@
-"""How well a model sees: `python -m nanollava.evaluate toy`, `scienceqa`, `bench` or `report` (section 5).
+"""How well a model does, section 5 of the paper: `python -m nanollava.evaluate COMMAND`.
 
-The toy world: held-out questions about pictures that no training met, scored by exact match, type by type, against two
-controls: the same questions about the wrong picture (what can be guessed from the words alone) and the
-model after stage 1 only (what the projector brings before the language model has learned to use it).
+    python -m nanollava.evaluate toy                                # the toy run, against its controls
+    python -m nanollava.evaluate scienceqa --data ScienceQA --model runs/scienceqa
+    python -m nanollava.evaluate bench --questions q.jsonl --reference r.jsonl --context c.jsonl --answers a.jsonl \\
+        --out bench.json                                            # GPT-4 is the judge; the key is in OPENAI_API_KEY
+    python -m nanollava.evaluate ablations                          # what matters, on the toy world: an hour or so
+    python -m nanollava.evaluate report --model runs/stage2 --data held_out.json --images COCO/val2017
 """
 
-import textwrap
-from collections import defaultdict
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from . import bench, gpt, scienceqa
-from .chat import answer_all, open_llava, read_answers, replies, stream
-from .conversation import IMAGE
-from .data import check_row
-from .files import InputError, Parser, one_line_errors, positive, read_json, read_json_list, read_lines, say, \
-    whole_file, write_json
-from .image import open_image, preprocess
-from .llava import Llava
-from .progress import Progress, progress
-from .report import Told, write_report
-from .tokenizer import Tokenizer
-from .training import best_device, best_dtype, read_log
-
-
-def same(reply: str, truth: str) -> bool:
-    """True if a reply is the right sentence, up to capitals, spaces and the final stop."""
-    one, other = (text.lower().strip(" .").split() for text in (reply, truth))
-    return one == other
-
-
-def answer_toy(model, tokenizer, rows, images: Path, label="", batch_size=64) -> list[str]:
-    """The model's replies to rows of test.json, each about one picture."""
-    files = sorted({row["image"] for row in rows})
-    seen = {}  # file -> (P, D); test pictures are few and asked about many times
-    for start in range(0, len(files), batch_size):
-        batch = files[start : start + batch_size]
-        pixels = torch.stack([preprocess(open_image(images / file), model.config.image_size) for file in batch])
-        with torch.no_grad():
-            seen.update(zip(batch, model.see(pixels)))
-    said = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])  # replies of a type are about as long
-    with Progress(label, len(rows), "questions") as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = order[start : start + batch_size]
-            texts = replies(model, tokenizer, [rows[number]["conversations"][:1] for number in batch],
-                            pictures=torch.stack([seen[rows[number]["image"]] for number in batch]))
-            for number, text in zip(batch, texts):
-                said[number] = text
-            progress.update(start + len(batch))
-    return said
-
-
-def accuracy(rows, said: list[str]) -> dict[str, float]:
-    """Percent right for each type, and for all questions together."""
-    right = defaultdict(list)
-    for row, reply in zip(rows, said):
-        right[row["type"]].append(same(reply, row["conversations"][1]["value"]))
-    right["all"] = [hit for hits in list(right.values()) for hit in hits]
-    return {kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()}
-
-
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """Columns of percentages by row name, as text."""
-    rows = list(next(iter(columns.values())))
-    width = max(map(len, rows)) + 2
-    lines = [" " * width + "".join(f"{name:>22}" for name in columns)]
-    for row in rows:
-        cells = (f"{column[row]:>21.1f}%" if row in column else " " * 22 for column in columns.values())
-        lines.append(f"{row:<{width}}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = None):
-    """The columns of the toy evaluation for a folder that holds stage2/ and maybe stage1/; the rows of test.json
-    and what the model of stage 2 said to them."""
-    rows = read_json(data / "test.json")
-    files = sorted({row["image"] for row in rows})
-    other = dict(zip(files, files[1:] + files[:1]))
-    rows = rows[:limit]
-    wrong = [{**row, "image": other[row["image"]]} for row in rows]
-    said = {}
-    for stage, columns in (("stage2", {"after stage 2": rows, "wrong picture": wrong}),
-                           ("stage1", {"after stage 1": rows})):
-        if stage == "stage2" or (run / stage).is_dir():
-            model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
-            for name, asked in columns.items():
-                said[name] = answer_toy(model, tokenizer, asked, data / "images", label=name)
-    return {name: accuracy(rows, texts) for name, texts in said.items()}, rows, said["after stage 2"]
-
-
-def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2, questions: int = 3) -> Image.Image:
-    """The first pictures of rows of test.json, and under each what the model said: blue if right, red if wrong."""
-    side, margin, line = 192, 24, 17
-    font, height = ImageFont.load_default(13), side + (3 * questions + 1) * line + margin
-    sheet = Image.new("RGB", (across * (side + margin + 40) + margin, down * height + margin), "white")
-    write = ImageDraw.Draw(sheet)
-    for number, file in enumerate(sorted({row["image"] for row in rows})[: across * down]):
-        x, y = margin + number % across * (side + margin + 40), margin + number // across * height
-        sheet.paste(open_image(images / file).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        asked = [(row["conversations"], reply) for row, reply in zip(rows, said) if row["image"] == file]
-        top = y + side + 6
-        for turns, reply in asked[number % 2 :: 2][:questions]:  # not the same types everywhere
-            color = "#1050c0" if same(reply, turns[1]["value"]) else "#d01010"
-            write.text((x, top), turns[0]["value"].replace(IMAGE, "").strip(), "black", font)
-            for said_line in textwrap.wrap(reply, 38)[:3]:
-                top += line - 2
-                write.text((x, top), said_line, color, font)
-            top += line + 2
-    return sheet
-
-
-def write_toy_report(run: Path, data: Path, columns: dict, rows, said: list[str], pictures: int = 24) -> None:
-    """RUN/report.html: the losses of both stages, the table, and what the model said about some of the pictures."""
-    logs = {f"Stage {stage}": read_log(run / f"stage{stage}" / "log.jsonl") for stage in (1, 2)}
-    told = {}
-    for row, reply in zip(rows, said):
-        question, truth = (turn["value"] for turn in row["conversations"])
-        told.setdefault(row["image"], []).append(Told(question, reply, truth, same(reply, truth)))
-    cards = [(data / "images" / file, asked) for file, asked in list(told.items())[:pictures]]
-    write_report(run / "report.html", "A toy LLaVA", logs, columns, cards)
+from . import gpt, scienceqa
+from .files import (InputError, Parser, add_command, one_line_errors, positive, read_json, read_json_list, read_lines,
+                    say, whole_file, write_json)
 
 
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.evaluate")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    command = commands.add_parser("toy", doc="Held-out questions about the toy world, against two controls.")
-    command.set_defaults(run_command=evaluate_toy)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=Parser)
+    command = add_command(commands, "toy", "Held-out questions about the toy world, against two controls.")
     add = command.add_argument
     add("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
+    add("--model", type=Path, help="only this model, without the controls")
     add("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
     add("--limit", type=positive(int), help="ask only the first so many questions")
     add("--out", type=Path, help="write the table as JSON to this file, too")
     add("--picture", type=Path, help="paint some scenes with the model's answers to this file")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
 
-    command = commands.add_parser("report", doc="A page for a run: its losses, and its replies to held-out rows.")
-    command.set_defaults(run_command=evaluate_report)
+    command = add_command(commands, "ablations", "What matters, and how much: tables 4 and 8 on the toy world.")
+    add = command.add_argument
+    add("--run", type=Path, default=Path("runs/ablations"), help="folder of all that is made (default: %(default)s)")
+    add("--seeds", type=positive(int), default=3, help="how often everything is trained (default: %(default)s)")
+    add("--steps", type=positive(int), default=400, help="of each training (default: %(default)s)")
+    add("--jobs", type=positive(int), default=min(8, os.cpu_count()),
+        help="processes at once (default: one a processor, at most 8)")
+    add("--out", type=Path, help="write every figure as JSON to this file, too")
+
+    command = add_command(commands, "report", "A page for a run: its losses, and its replies to held-out rows.")
     add = command.add_argument
     add("--model", type=Path, required=True, help="folder that train.py wrote; report.html appears in it")
     add("--data", type=Path, required=True, help="LLaVA JSON; of each row the first question is asked")
@@ -147,8 +48,7 @@ def parse_arguments():
     add("--limit", type=positive(int), default=24, help="how many of the first rows (default: %(default)s)")
     add_device(add)
 
-    command = commands.add_parser("scienceqa", doc="ScienceQA by category, the columns of the paper's table 6.")
-    command.set_defaults(run_command=evaluate_scienceqa)
+    command = add_command(commands, "scienceqa", "ScienceQA by category, the columns of the paper's table 6.")
     add = command.add_argument
     add("--data", type=Path, required=True, help="folder with problems.json, pid_splits.json and test/ID/image.png")
     add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
@@ -158,8 +58,7 @@ def parse_arguments():
     add_chat(add)
     add_answers(add, "scienceqa-SPLIT.jsonl")
 
-    command = commands.add_parser("bench", doc="LLaVA-Bench: GPT-4 grades replies against its own, table 4.")
-    command.set_defaults(run_command=evaluate_bench)
+    command = add_command(commands, "bench", "LLaVA-Bench: GPT-4 grades replies against its own, table 4.")
     add = command.add_argument
     add("--questions", type=Path, required=True, help="JSONL of question_id, image, text, category")
     add("--reference", type=Path, required=True, help="JSONL of question_id and text: GPT-4's own replies")
@@ -193,15 +92,49 @@ def add_device(add) -> None:
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
 
 
+if __name__ == "__main__":
+    parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
+
+from . import ablations, bench
+from .chat import answer_all, open_llava, read_answers, stream
+from .conversation import IMAGE
+from .data import check_row
+from .image import open_image, preprocess
+from .llava import Llava
+from .progress import progress
+from .report import Told, table, write_report
+from .tokenizer import Tokenizer
+from .toy_score import accuracy, answer_toy, gallery, toy_table, write_toy_report
+from .training import best_device, best_dtype, read_log
+
+
 def evaluate_toy(arguments) -> None:
-    columns, rows, said = toy_table(arguments.run, arguments.data, best_device(arguments.device), arguments.limit)
+    device = best_device(arguments.device)
+    if arguments.model:
+        model, tokenizer = Llava.from_pretrained(arguments.model, device=device), Tokenizer(arguments.model)
+        rows = read_json(arguments.data / "test.json")[: arguments.limit]
+        said = answer_toy(model, tokenizer, rows, arguments.data / "images", "answers  ")
+        columns = {"model": accuracy(rows, said)}
+    else:
+        columns, rows, said = toy_table(arguments.run, arguments.data, device, arguments.limit)
+        write_toy_report(arguments.run, arguments.data, columns, rows, said)
     print(table(columns))
-    write_toy_report(arguments.run, arguments.data, columns, rows, said)
     if arguments.out:
         write_json(arguments.out, columns, indent=2)
     if arguments.picture:
         with whole_file(arguments.picture) as beside:
             gallery(rows, said, arguments.data / "images").save(beside, "PNG")
+
+
+def evaluate_ablations(arguments) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes below are stopped, too
+    root = arguments.run.resolve()
+    ablations.write_data(root)
+    ablations.run(ablations.jobs(root, arguments.seeds, arguments.steps), arguments.jobs)
+    found = ablations.results(root, arguments.seeds)
+    print(ablations.text(found))
+    if arguments.out:
+        write_json(arguments.out, found, indent=2)
 
 
 def evaluate_report(arguments) -> None:
@@ -292,7 +225,9 @@ def evaluate_bench(arguments) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    arguments.run_command(arguments)
+    run = {"toy": evaluate_toy, "scienceqa": evaluate_scienceqa, "bench": evaluate_bench,
+           "ablations": evaluate_ablations, "report": evaluate_report}
+    run[arguments.command](arguments)
 
 
 if __name__ == "__main__":

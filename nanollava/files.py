@@ -37,6 +37,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def add_command(commands, name: str, doc: str) -> Parser:
+    """A command of a parser's `add_subparsers(parser_class=Parser)`, with what it does in one line."""
+    return commands.add_parser(name, doc=doc, help=doc.rstrip("."))
+
+
 def positive(number: type):
     """The type of an argument that must be above zero: int or float."""
 

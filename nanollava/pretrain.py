@@ -16,6 +16,7 @@ import math
 import random
 import re
 import string
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,11 +25,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import checkpoint, teacher, toy
+from . import checkpoint, scienceqa, teacher, toy
 from .chat import replies
 from .conversation import IMAGE, TEMPLATES, tokenize_conversation
 from .data import collate
-from .evaluate import accuracy
+from .toy_score import accuracy
 from .files import say, whole_file
 from .image import preprocess
 from .llama import LlamaConfig
@@ -273,6 +274,7 @@ class Told:
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
 
 
+FIRST = 352  # steps of the first lesson
 EASY = ("kind", "color", "size", "place")
 
 
@@ -298,6 +300,21 @@ def lesson(things, rng: random.Random) -> list[str]:
     return [text for pair in pairs for text in pair]
 
 
+def exam(rng: random.Random, lists: int = 3) -> list[dict]:
+    """Multiple choice without a scene: which letter stands before a word? Vicuna knows, and ScienceQA asks."""
+    turns = []
+    for _ in range(lists):
+        words = rng.choice((tuple(toy.KINDS), tuple(toy.COLORS), toy.PLACES, toy.NUMBERS[1:]))
+        choices = rng.sample(words, rng.randint(2, 4))
+        said = scienceqa.options(choices) + "\n"
+        for number in rng.sample(range(len(choices)), len(choices)):
+            letter = scienceqa.LETTERS[number]
+            turns += [{"from": "human", "value": said + choices[number]},
+                      {"from": "gpt", "value": letter if rng.random() < 0.7 else f"The answer is {letter}."}]
+            said = ""
+    return turns
+
+
 def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     """The conversation with a scene told in prose where its picture would stand."""
     style = rng.randrange(toy.STYLES + 1)
@@ -305,34 +322,43 @@ def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     return [{**turn, "value": turn["value"].replace(IMAGE, story)} for turn in turns]
 
 
-def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=3500, batch_size=16) -> None:
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=3500,
+                batch_size=16) -> None:
     """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
     torch.manual_seed(seed)
-    model = Llava(LlavaConfig(VISION, llama_config(len(tokenizer)), image_token_id=len(tokenizer)))
+    model = Llava(LlavaConfig(VISION, llama_config(len(tokenizer), small), image_token_id=len(tokenizer)))
     initialize(model.language_model)
     model.multi_modal_projector.requires_grad_(False)
     model.to(device)
     told = Told(model, tokenizer)
 
+    def draw(rng, first: bool):
+        """A row of tokens and labels, and the bags of its picture, or None where it has none."""
+        things = next(toy.scenes(rng))
+        if not first and rng.random() < 0.12:
+            turns, words = exam(rng), None
+        else:
+            prose, texts = not first and rng.random() < 1 / 3, (first_lesson if first else lesson)(things, rng)
+            turns = teacher.conversation(texts, picture_first=first or rng.random() < 0.5)
+            turns, words = (tell(turns, things, rng), None) if prose else (turns, bags(things, toy.boxes(things, rng)))
+        return *tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), words
+
     def batches(start):
         for step in range(start, steps):
-            rng = random.Random(f"{seed} {step}")
-            first = step < 350
-            prose = not first and rng.random() < 1 / 3
-            scenes = list(islice(toy.scenes(rng), batch_size))
-            rows = []
-            for things in scenes:
-                texts = first_lesson(things, rng) if first else lesson(things, rng)
-                turns = teacher.conversation(texts, picture_first=first or rng.random() < 0.5)
-                turns = tell(turns, things, rng) if prose else turns
-                rows.append((*tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), []))
-            tokens, labels, _ = collate(rows)
-            words = None if prose else [bags(things, toy.boxes(things, rng)) for things in scenes]
-            yield tokens.to(device), labels.to(device), words, rng
+            if step == start or step % 4 == 0:  # rows for four steps, those of like lengths together: less padding
+                rng = random.Random(f"{seed} {step // 4}")
+                rows = [draw(rng, first=step // 4 < FIRST // 4) for _ in range(4 * batch_size)]
+                rows.sort(key=lambda row: len(row[0]))
+                four = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+                rng.shuffle(four)
+            batch = four[step % 4]
+            tokens, labels, _ = collate([(ids, targets, []) for ids, targets, _ in batch])
+            words = [words for _, _, words in batch if words]
+            yield tokens.to(device), labels.to(device), words, random.Random(f"{seed} {step} forget")
 
     def learn(batch):
         tokens, labels, words, rng = batch
-        pictures = None if words is None else told(words, rng, forget=0.1, noise=0.3)
+        pictures = told(words, rng, forget=0.1, noise=0.3) if words else None
         loss = model(tokens, labels=labels, pictures=pictures)
         loss.backward()
         return loss.detach()
@@ -347,10 +373,11 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, step
     checkpoints.clear()
 
 
-def llama_config(vocab_size: int) -> LlamaConfig:
+def llama_config(vocab_size: int, small: bool = False) -> LlamaConfig:
     """As LLaMA 3, with long waves in its rotary angles: things are found by what they are, not by how far they are."""
-    return LlamaConfig(vocab_size, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
-                       rope_theta=500_000.0)
+    width, depth = (128, 3) if small else (192, 4)
+    return LlamaConfig(vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
+                       num_attention_heads=width // 32, rope_theta=500_000.0)
 
 
 def initialize(llama: nn.Module) -> None:
@@ -386,12 +413,12 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
 # All of it
 
 
-def train_parts(folder: Path, seed: int, device: str) -> None:
+def train_parts(folder: Path, seed: int, device: str, small_llm: bool = False) -> None:
     """Make toy-clip/ and toy-llama/ in a folder, whichever is missing; one that was stopped goes on."""
     clip, llama = folder / "toy-clip", folder / "toy-llama"
     tokenizer = next((Tokenizer(part) for part in (clip, llama) if (part / "tokenizer.model").is_file()), None)
     tokenizer = tokenizer or train_tokenizer(clip / "tokenizer.model", seed)
-    for part, train in ((clip, train_clip), (llama, train_llama)):
+    for part, train in ((clip, train_clip), (llama, partial(train_llama, small=small_llm))):
         if (part / "config.json").is_file():
             say(f"{part} is there and stays as it is")
         else:

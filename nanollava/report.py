@@ -19,7 +19,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 720, 240, 48, 28  # of a curve, and of its margins
 THUMBNAIL = 320  # pixels of the longer side of a photograph
 STYLE = """
 :root { color-scheme: light dark; --line: #1050c0; --faint: #1050c040; --right: #1050c0; --wrong: #d01010; }
-@media (prefers-color-scheme: dark) { :root { --line: #7ab0ff; --faint: #7ab0ff40; --right: #7ab0ff; --wrong: #ff7a7a; } }
+@media (prefers-color-scheme: dark) {
+:root { --line: #7ab0ff; --faint: #7ab0ff40; --right: #7ab0ff; --wrong: #ff7a7a; } }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 svg { max-width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
 .grid { stroke: #8884; } .loss { fill: none; stroke: var(--faint); } .mean { fill: none; stroke: var(--line);
@@ -87,6 +88,17 @@ def curve(rows: list[dict]) -> str:
     parts += [f'<circle class="held-out" cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3"/>'
               for step, loss in held_out]
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by step">{"".join(parts)}</svg>'
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """Columns of percentages by row name, as text."""
+    rows = list(next(iter(columns.values())))
+    width = max(map(len, rows)) + 2
+    lines = [" " * width + "".join(f"{name:>22}" for name in columns)]
+    for row in rows:
+        cells = (f"{column[row]:>21.1f}%" if row in column else " " * 22 for column in columns.values())
+        lines.append(f"{row:<{width}}" + "".join(cells))
+    return "\n".join(lines)
 
 
 def percentages(columns: dict[str, dict[str, float]]) -> str:

@@ -53,11 +53,14 @@ def read_problems(folder: str | Path, split: str) -> dict[str, dict]:
 
 def question(problem: dict) -> str:
     """What the model is asked, its picture standing before it."""
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     lines = [IMAGE] if problem.get("image") else []
     lines += [f"Question: {problem['question']}"]
     lines += [f"Context: {problem['hint']}"] if problem["hint"] else []
-    return "\n".join([*lines, f"Options: {options}"])
+    return "\n".join([*lines, options(problem["choices"])])
+
+
+def options(choices: list[str]) -> str:
+    return "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 def answer(problem: dict, order: str = "reason-first") -> str:

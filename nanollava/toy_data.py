@@ -97,3 +97,20 @@ def held_out_rows(number: int, file: str, things, rng: random.Random) -> list[di
     return [{"id": f"{number}-{kind}", "image": file, "type": kind,
              "conversations": teacher.conversation([question, answer], picture_first=True)}
             for kind, question, answer in asked]
+
+
+def write_bench(folder: str | Path, seed: int = 0, count: int = 200) -> None:
+    """A LLaVA-Bench of the toy world in a new folder: about each of `count` held-out pictures one question of each of
+    the three kinds, in test.json as `write_world`'s; a truth takes GPT-4's place."""
+    rng, test = random.Random(seed), []
+    with new_folder(folder) as beside:
+        (beside / "images").mkdir()
+        for number, things in zip(range(count), toy.scenes(rng, held_out=True)):
+            file = f"{number:06d}.png"
+            toy.draw(things, toy.boxes(things, rng), rng).save(beside / "images" / file)
+            detail = (rng.choice(teacher.DETAILED), toy.description(things))
+            asked = (toy.ask(things, rng, 1)[0][1:], detail, toy.ask(things, rng, 1, tuple(toy.REASONING))[0][1:])
+            test += [{"id": f"{number}-{kind}", "image": file, "type": kind,
+                      "conversations": teacher.conversation(list(pair), picture_first=True)}
+                     for kind, pair in zip(INSTRUCTION_KINDS, asked)]
+        write_json(beside / "test.json", test)

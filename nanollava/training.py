@@ -116,7 +116,7 @@ def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def freeze(model: torch.nn.Module, stage: int, lora_rank: int | None = None) -> None:
-    """Stage 1 trains the projector alone, stage 2 the language model too, or thin matrices beside its own (section 4.2)."""
+    """Section 4.2: stage 1 trains the projector alone, stage 2 the language model too, or thin matrices beside it."""
     model.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
     if stage == 2 and lora_rank:
@@ -216,7 +216,8 @@ class Log:
 
 
 def read_log(path: Path, start: float = math.inf) -> list[dict]:
-    """The rows of the steps before `start`, none where there is no such file; a line that a power cut left unreadable is passed over."""
+    """The rows of the steps before `start`, none where there is no file; a line that a power cut left unreadable is
+    passed over."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

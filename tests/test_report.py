@@ -2,7 +2,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nanollava.report import Told, curve, round_numbers, smooth, write_report
+from nanollava.report import Told, curve, round_numbers, smooth, table, write_report
 
 LOG = [{"step": step, "loss": 2.0 / (1 + step)} for step in range(40)]
 LOG[-1]["held_out_loss"] = 0.06
@@ -45,6 +45,11 @@ def test_the_curve_falls_where_the_loss_does_and_has_a_dot_for_held_out_data():
     assert len(heights) == 40 and heights == sorted(heights)  # y counts from above
     assert svg.count("<circle") == 1
     assert curve(LOG[:1]) and curve([{"step": 0, "loss": 0.0}])  # a run of one step, a loss of nothing
+
+
+def test_a_table_leaves_open_what_a_column_does_not_have():
+    lines = table({"one": {"kind": 50.0, "all": 80.0}, "other": {"all": 7.25}}).splitlines()
+    assert lines[1].split() == ["kind", "50.0%"] and lines[2].split() == ["all", "80.0%", "7.2%"]
 
 
 def test_the_page_is_one_file_with_everything_in_it(world, tmp_path):

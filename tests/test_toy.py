@@ -67,13 +67,13 @@ def test_what_is_there_and_what_is_not():
     assert 0.4 < yes < 0.6  # the question alone gives nothing away
 
 
-def test_counting_names_what_it_counts():
+def test_counting_goes_through_all_things_first():
     said = pairs(toy.ask_count)
-    assert said["How many things are there?"] == (
-        "At the top left is a cat, at the top right is a cat and at the bottom is a fish, so three.")
-    assert said["How many cats are there?"] == "At the top left and at the top right, so two."
-    assert said["How many fish are there?"] == "At the bottom, so one."
-    assert said["How many cars are there?"] == "There are no cars."
+    seen = "At the top left is a cat, at the top right is a cat and at the bottom is a fish, so"
+    assert said["How many things are there?"] == f"{seen} three."
+    assert said["How many cats are there?"] == f"{seen} two cats."
+    assert said["How many fish are there?"] == f"{seen} one fish."
+    assert said["How many cars are there?"] == f"{seen} no cars."
 
 
 def test_same_color_looks_at_both():

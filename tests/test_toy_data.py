@@ -68,3 +68,12 @@ def test_a_world_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot write .*world: No space left"):
         toy_data.write_world(tmp_path / "world", count=3, tests=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_asks_one_question_of_each_kind_about_pictures_that_no_training_met(tmp_path):
+    toy_data.write_bench(tmp_path / "bench", count=20)
+    test = read_json(tmp_path / "bench" / "test.json")
+    assert [row["type"] for row in test] == [*INSTRUCTION_KINDS] * 20
+    for row in test[1::3]:  # the detailed description tells the scene
+        assert toy.is_held_out(toy_data.read(row["conversations"][1]["value"].replace(" there is", "")))
+        assert open_image(tmp_path / "bench" / "images" / row["image"]).size == (96, 96)
