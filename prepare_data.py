@@ -16,7 +16,7 @@ from nanollava import gpt, scienceqa, teacher
 from nanollava.captions import write_pretrain
 from nanollava.coco import read_coco
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
-from nanollava.files import InputError, Parser, add_command, one_line_errors, positive, read_json, say, write_json
+from nanollava.files import InputError, Parser, add_command, one_line_errors, positive, read_json, say, seed, write_json
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy_data import write_world
 from nanollava.toy_scienceqa import write_problems
@@ -31,14 +31,14 @@ def parse_arguments():
     command = add_command(commands, "toy", "Draw the toy world: pictures, captions, boxes, conversations, a test.")
     add = command.add_argument
     add("--out", type=Path, default=Path("data/toy"), help="folder to write (default: %(default)s)")
-    add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="another seed, other scenes (default: %(default)s)")
     add("--scenes", type=positive(int), default=8000, help="pictures to train on (default: %(default)s)")
     command.set_defaults(run=draw_toy_world)
 
     command = add_command(commands, "toy-scienceqa", "Draw a ScienceQA of the toy world: problems, splits, pictures.")
     add = command.add_argument
     add("--out", type=Path, default=Path("data/toy-scienceqa"), help="folder to write (default: %(default)s)")
-    add("--seed", type=int, default=0, help="another seed, other problems (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="another seed, other problems (default: %(default)s)")
     command.set_defaults(run=draw_toy_problems)
 
     command = add_command(commands, "show", "Print a row as the model reads it: green is learned, grey is only read.")
@@ -63,7 +63,7 @@ def parse_arguments():
         help="of all runs on this FILE together; what is under way then still comes")
     add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars for a million tokens")
     add("--timeout", type=positive(float), default=600.0, help="seconds for one answer (default: %(default)s)")
-    add("--seed", type=int, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
     command.set_defaults(run=ask_teacher)
 
@@ -73,7 +73,7 @@ def parse_arguments():
         help="COCO's captions_*.json, a .json or .jsonl of {image, caption}, or lines of image TAB caption")
     add("--out", type=Path, required=True, help="LLaVA JSON to write")
     add("--balance", action="store_true", help="thin out what is common, as the paper made 595K of 3M")
-    add("--seed", type=int, default=0, help="draws questions, orders and what is thinned out (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="draws questions, orders and what is thinned out (default: %(default)s)")
     command.set_defaults(run=expand_captions)
 
     command = add_command(commands, "scienceqa", "ScienceQA's problems to data for stage 2.")

@@ -9,7 +9,7 @@
 import sys
 from pathlib import Path
 
-from nanollava.files import InputError, Parser, one_line_errors, positive, say
+from nanollava.files import InputError, Parser, one_line_errors, positive, say, seed
 
 TOY = Path("runs/toy")
 
@@ -23,7 +23,7 @@ def parse_arguments():
     add("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model believes (default: 0)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this probability (default: 1)")
     add("--max-new-tokens", type=positive(int), default=512, help="longest reply (default: %(default)s)")
-    add("--seed", type=int, help="the same seed draws the same reply")
+    add("--seed", type=seed, help="the same seed draws the same reply")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     return parser.parse_args()

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from nanollava.conversation import TEMPLATES
-from nanollava.files import InputError, Parser, one_line_errors, positive, say
+from nanollava.files import InputError, Parser, one_line_errors, positive, say, seed
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw", save_every=500),
@@ -58,7 +58,7 @@ def parse_arguments():
     add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
     add("--optimizer", choices=("adamw", "muon"), help="the paper's adamw, or muon (default: adamw; toy stage 2: muon)")
-    add("--seed", type=int, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
+    add("--seed", type=seed, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add = parser.add_argument_group("where").add_argument
@@ -75,8 +75,8 @@ if __name__ == "__main__":
 
 import torch
 
-from nanollava import parallel
-from nanollava.data import Conversations, batch_order, load_batches
+from nanollava import checkpoint, parallel
+from nanollava.data import Conversations, batch_order, every_row, load_batches
 from nanollava.report import table, write_report
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
@@ -120,8 +120,7 @@ def print_plan(arguments) -> None:
     if arguments.preset == "toy" or arguments.stage == 0:
         raise InputError("--plan is for stages 1 and 2 of --preset 7b or 13b")
     for stage in (arguments.stage,) if arguments.stage else (1, 2):
-        settings = PRESETS[arguments.preset][stage]
-        epochs, batch_size = (getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size"))
+        epochs, batch_size, *_ = settings_of(stage, arguments, arguments.gpus)
         print(f"stage {stage} of --preset {arguments.preset}")
         print(plan(SIZES[arguments.preset], stage, arguments.gpus, batch_size, epochs, arguments.micro_batch,
                    arguments.lora_rank, arguments.max_length))
@@ -146,20 +145,16 @@ def train_toy(run: Path, arguments, device: str) -> None:
 def train_stage(stage: int, start: Path | None, out: Path, arguments, device: str) -> None:
     """Stage 1 or 2, from the LLaVA in folder `start`, or from a CLIP and a LLaMA where there is none."""
     if arguments.resume and (out / "config.json").is_file():
+        parallel.first(lambda: (make_room(out), shutil.rmtree(out / "resume", ignore_errors=True)))
         return say(f"{out} is finished and stays as it is")
     if out.is_dir() and any(out.iterdir()) and not arguments.resume:
         raise InputError(f"{out} is not empty: --resume goes on with what is in it; or choose another --out")
     if start and not (start / "config.json").is_file():
         raise InputError(f"no model at {start} to go on from: train it (--stage 1), or name another (--model)")
-    settings = PRESETS[arguments.preset][stage]
-    if stage == 1 and arguments.lora_rank:
-        raise InputError("--lora-rank is for --stage 2: stage 1 leaves the language model alone")
-    if arguments.lora_rank:
-        settings = settings | {"lr": LORA_LR, "optimizer": "adamw"}
-    epochs, batch_size, lr, optimizer, save_every = (
-        getattr(arguments, key) or settings[key] for key in ("epochs", "batch_size", "lr", "optimizer", "save_every"))
-    if batch_size % parallel.world():
-        raise InputError(f"--batch-size {batch_size} cannot be shared evenly by {parallel.world()} processes")
+    if arguments.eval_data and not arguments.eval_data.is_file():
+        raise InputError(f"no data at {arguments.eval_data}")
+    epochs, batch_size, lr, optimizer, save_every = settings_of(stage, arguments, parallel.world())
+    parallel.first(lambda: make_room(out))
     torch.manual_seed(arguments.seed)
     dtype = best_dtype(device, arguments.dtype)
 
@@ -188,9 +183,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
 
     optimizers = OPTIMIZERS[optimizer](model, lr)
     begin = [start] if start else [vision, llm]
-    run = dict(stage=stage, begin=[str(path.resolve()) for path in begin], rows=len(dataset), steps=steps,
-               data=[str(path.resolve()) for path, _ in sources], batch_size=batch_size, lr=lr, optimizer=optimizer,
-               seed=arguments.seed, lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
+    run = dict(stage=stage, starting_weights=" ".join(map(checkpoint.fingerprint, begin)), data=dataset.digest,
+               rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, seed=arguments.seed, lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
                feature_layer=model.config.feature_layer, dtype=str(dtype))
     checkpoints = Checkpoints(out / "resume", model, optimizers, run)
     begun = checkpoints.load()
@@ -202,7 +196,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
         tell_skipped(held_out)
 
     def validate(best: float) -> float:
-        rows = batch_order(held_out.lengths, batch_size, max(1, len(held_out) // batch_size), seed=0)
+        rows = every_row(held_out.lengths, batch_size)
         loss = mean_loss(model, load_batches(held_out, rows, arguments.micro_batch, workers), device)
         if loss < best:
             model.save_pretrained(out / "best.part", [tokenizer.path], dtype)
@@ -218,9 +212,30 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
             rows_of=lambda step: ": " + "; ".join(map(dataset.name, order[step])))
     except torch.OutOfMemoryError as error:
         raise InputError("the GPU's memory is full: take fewer rows at once (--micro-batch), and see --plan") from error
+    parallel.first(lambda: write_report(out / "report.html", str(out), {f"Stage {stage}": read_log(out / "log.jsonl")}))
     model.save_pretrained(out, [tokenizer.path], dtype)
     checkpoints.clear()
-    parallel.first(lambda: write_report(out / "report.html", str(out), {f"Stage {stage}": read_log(out / "log.jsonl")}))
+
+
+def settings_of(stage: int, arguments, processes: int) -> tuple:
+    """Epochs, batch size, rate, optimizer and steps between checkpoints: the preset's, but for what the user says."""
+    settings = PRESETS[arguments.preset][stage]
+    if stage == 1 and arguments.lora_rank:
+        raise InputError("--lora-rank is for --stage 2: stage 1 leaves the language model alone")
+    if arguments.lora_rank:
+        settings = settings | {"lr": LORA_LR, "optimizer": "adamw"}
+    chosen = {key: getattr(arguments, key) or value for key, value in settings.items()}
+    if chosen["batch_size"] % processes:
+        raise InputError(f"--batch-size {chosen['batch_size']} cannot be shared evenly by {processes} processes")
+    return tuple(chosen[key] for key in ("epochs", "batch_size", "lr", "optimizer", "save_every"))
+
+
+def make_room(out: Path) -> None:
+    """The folder, without what a killed run left half written."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "best.part", ignore_errors=True)
+    for path in out.glob(".*.part"):
+        path.unlink()
 
 
 def tell_skipped(dataset: Conversations) -> None:
@@ -237,7 +252,8 @@ def find_data(stage: int, arguments) -> list[tuple[Path, Path]]:
         return [(data[0] / {1: "pretrain.json", 2: "instruct.json"}[stage], data[0] / "images")]
     for path in data:
         if not path.is_file():
-            raise InputError(f"no data at {path}")
+            raise InputError(f"{path} is a folder: give LLaVA JSON files, or one toy world" if path.is_dir() else
+                             f"no data at {path}")
     if len(images) not in (1, len(data)):
         raise InputError(f"--data {data[0]} needs --images, the folder of its pictures" if not images else
                          f"{len(data)} files of --data, but {len(images)} folders of --images: give one, or one each")

@@ -3,6 +3,7 @@
 What is wrong with a data set is found before the first step, and told with the row's number.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -62,6 +63,9 @@ def stats(path: Path) -> tuple[dict[str, float], list[str]]:
     return {"rows": number + 1, **counts, "broken rows": len(broken), **shares}, broken
 
 
+NO_ROW = -1  # the number of a row that is only there to fill a batch
+
+
 class Conversations(torch.utils.data.Dataset):
     """The rows of LLaVA JSON files; one is tokenized, and its pictures are opened, when it is asked for.
 
@@ -75,7 +79,10 @@ class Conversations(torch.utils.data.Dataset):
         # all rows stand in one stretch of bytes: a fifth of what they take as Python's objects, and processes that
         # open pictures share it with the one that trains
         self.packed, ends, sizes, rows_of, bad = bytearray(), [0], [], {}, {}
+        digest = hashlib.sha256()
         for path, images in sources:
+            before = len(sizes)
+            digest.update(str(Path(images).resolve()).encode())
             for number, row in enumerate(read_json_list(path)):
                 name = f"{path}, row {number}" + (f" (id {row['id']})" if isinstance(row, dict) and "id" in row else "")
                 try:
@@ -83,14 +90,16 @@ class Conversations(torch.utils.data.Dataset):
                     self.check_length(turns)
                 except ValueError as error:
                     turns, files, bad[len(sizes)] = [], [], f"{name}: {error}"
+                digest.update(json.dumps([turns, files]).encode())
                 files = [str(Path(images) / file) for file in files]
                 for file in files:
                     rows_of.setdefault(file, []).append(len(sizes))
                 self.packed += json.dumps([name, turns, files]).encode()
                 ends.append(len(self.packed))
                 sizes.append((sum(len(turn["value"].encode()) for turn in turns), len(turns), len(files)))
-            if not sizes:
+            if len(sizes) == before:
                 raise InputError(f"{path} is empty: it has no conversations")
+        self.digest = digest.hexdigest()[:12]  # names what is in it, for a run that goes on
         self.spans = np.stack([ends[:-1], ends[1:]], axis=1)  # (rows, 2), where each row begins and ends
         for file, problem in bad_pictures(list(rows_of)).items():
             for row in rows_of[file]:
@@ -144,6 +153,8 @@ class Conversations(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         """(tokens, labels, pictures): two lists of at most max_length, and a list of (3, H, W)."""
+        if index == NO_ROW:
+            return [self.tokenizer.bos_id], [IGNORE], []
         _, turns, files = self.unpack(index)
         tokens, labels = self.tokenize(turns)
         images = [preprocess(open_image(file), self.config.image_size) for file in files]
@@ -201,6 +212,14 @@ def batch_order(lengths, batch_size: int, steps: int, seed: int) -> list[list[in
         order += batches
         epoch += 1
     return order[:steps]
+
+
+def every_row(lengths, batch_size: int) -> list[list[int]]:
+    """The rows of each batch for one look at all of them, from the shortest to the longest; the last batch is filled
+    up with rows that teach nothing, so that every process has as many."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+    rows += [NO_ROW] * (-len(rows) % parallel.world())
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def load_batches(dataset: Conversations, order: list[list[int]], micro_batch: int | None = None, workers: int = 0):

@@ -15,7 +15,7 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message names it and says what to do about it."""
 
 
-FIRST = os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes; one of them talks
+FIRST = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes; one of them talks
 
 
 def say(text: str) -> None:
@@ -53,6 +53,14 @@ def positive(number: type):
 
     convert.__name__ = f"positive {number.__name__}"  # argparse: "invalid positive int value: '0'"
     return convert
+
+
+def seed(text: str) -> int:
+    """The type of an argument that random numbers begin with."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise ValueError
+    return value
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ class Llava(nn.Module):
         targets = labels[:, 1:]
         learned = targets != IGNORE
         logits = self.language_model.logits(hidden[:, :-1][learned])  # (learned tokens, V)
-        return F.cross_entropy(logits.float(), targets[learned])
+        return F.cross_entropy(logits.float(), targets[learned], reduction="sum") / max(1, len(logits))
 
     @torch.no_grad()
     def generate(self, tokens, images=None, max_new_tokens=512, temperature=0.0, top_p=1.0, eos_id=None,

@@ -19,8 +19,12 @@ from .files import InputError
 
 def start(device: str) -> str:
     """Join the processes that torchrun started, if it did; returns this one's device, "cuda:3" where it was "cuda"."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return device
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise InputError(f"WORLD_SIZE says that there are several processes, but {', '.join(sorted(missing))} is not "
+                         "set: start them with torchrun")
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -94,17 +94,18 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
     model.language_model.checkpointing = True
     text, learned = TEXT[stage]
     pictures = config.tokens_per_image
-    rows = micro_batch or max(1, batch_size // gpus)
-    longest = min(max_length, pictures + 4 * text)
+    share = batch_size // gpus
+    rows = min(micro_batch or share, share)
+    longest, average = min(max_length, pictures + 4 * text), min(max_length, pictures + text)
     parts = memory(model, rows, longest, min(longest - pictures, 4 * learned), gpus)
-    work, steps = operations(model, batch_size, pictures + text, learned), round(epochs * ROWS[stage] / batch_size)
+    work, steps = operations(model, batch_size, average, learned), round(epochs * ROWS[stage] / batch_size)
     hours = steps * work / (gpus * A100 * utilisation) / 3600
     lines = [
         f"parameters     {count(model) / 1e9:.2f} billion, of which {count(model, True) / 1e6:,.1f} million learn",
         f"memory a GPU   {sum(parts.values()) / 2**30:.1f} GiB and about one for CUDA, for {rows} rows at once, "
         f"of {longest} tokens at most:",
         *(f"               {bytes / 2**30:6.1f} GiB  {name}" for name, bytes in parts.items()),
-        f"compute        {work / 1e12:,.0f} TFLOP a step of {batch_size} rows, of {pictures + text} tokens on average, "
+        f"compute        {work / 1e12:,.0f} TFLOP a step of {batch_size} rows, of {average} tokens on average, "
         f"{pictures} of them the picture's",
         f"time           {hours:.1f} hours for {steps:,} steps on {gpus} GPU{'s' * (gpus > 1)}, at "
         f"{utilisation:.0%} of an A100's {A100 / 1e12:.0f} TFLOP/s",

@@ -79,9 +79,11 @@ class Checkpoints:
         if path is None:
             return 0
         run = read_json(path / "run.json")
+        if not isinstance(run, dict):
+            raise InputError(f"{path / 'run.json'} does not say what run it is of")
         for key, value in json.loads(json.dumps(self.run)).items():
             if run.get(key) != value:
-                raise InputError(f"{path} is of another run, with {key} {run.get(key)}, not {value}: "
+                raise InputError(f"{path} is of another run, with {key.replace('_', ' ')} {run.get(key)}, not {value}: "
                                  "go on with what it had, or choose another --out")
         try:
             reader = HuggingFaceStorageReader(str(path))

@@ -270,7 +270,7 @@ def fit(
             loss, norm, stop = torch.stack([loss, norm, stop]).tolist()  # the one place where the device is waited for
             if not math.isfinite(loss + norm):
                 raise InputError(f"{label}: at step {step} the loss is {loss}, the length of the gradient {norm}; "
-                                 f"lower the learning rate (--lr){rows_of(step)}")
+                                 f"begin anew in another --out, with a lower --lr{rows_of(step)}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

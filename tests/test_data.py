@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollava.conversation import IGNORE
-from nanollava.data import Conversations, batch_order, collate, load_batches
+from nanollava.data import NO_ROW, Conversations, batch_order, collate, every_row, load_batches
 from nanollava.files import InputError
 
 GOOD = {"id": "7", "image": "train_000000.png",
@@ -135,3 +135,9 @@ def test_a_file_that_is_no_list_of_conversations_is_refused(world, tokenizer, co
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(InputError, match=complaint):
         Conversations([(tmp_path / "bad.json", world / "images")], tokenizer, config)
+
+
+def test_one_look_at_all_rows_sees_each_once_and_is_filled_up_for_every_process(monkeypatch):
+    assert every_row([5, 3, 9, 1, 4], 2) == [[3, 1], [4, 0], [2]]
+    monkeypatch.setattr("nanollava.parallel.world", lambda: 4)
+    assert every_row([5, 3, 9, 1, 4], 4) == [[3, 1, 4, 0], [2, NO_ROW, NO_ROW, NO_ROW]]

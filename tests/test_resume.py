@@ -36,7 +36,7 @@ def arguments(model, tokenizer, world, tmp_path):
 
 def start(*arguments, processes: int = 0):
     """`python train.py` as a process of its own, or under torchrun as several."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     threads = 1 if processes else torch.get_num_threads()  # sums of more threads differ in the last bit
     return subprocess.Popen([sys.executable, *torchrun, train.__file__, *map(str, arguments)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -89,7 +89,8 @@ def test_however_often_it_is_stopped_a_run_ends_in_the_same_bits(arguments, tmp_
 
 def test_four_processes_take_the_same_steps_as_one(arguments, tmp_path, monkeypatch):
     """With blocks computed twice as for a big model, and a held-out loss that gets worse."""
-    rows = [{"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "JQ ZX @# 97 WV"}]}] * 8
+    rows = [{"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "JQ ZX @# 97 WV" * number}]}
+            for number in range(1, 8)]  # seven rows are no whole number for each of four processes
     (tmp_path / "other.json").write_text(json.dumps(rows))
     arguments += ["--preset", "7b", "--epochs", "4", "--eval-data", tmp_path / "other.json"]
     process = start(*arguments, "--out", tmp_path / "four", processes=4)
@@ -124,6 +125,22 @@ def test_a_folder_with_something_in_it_is_not_overwritten(arguments, tmp_path, m
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty: --resume goes on"):
         run(monkeypatch, *arguments, "--out", tmp_path)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_from_other_weights(arguments, model, tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    process = start(*arguments, "--out", out)
+    stop_after(process, out, 5, signal.SIGTERM)
+    data = Path(arguments[arguments.index("--data") + 1])
+    rows, start_folder = json.loads(data.read_text()), Path(arguments[arguments.index("--model") + 1])
+    rows[0]["conversations"][1]["value"] += " Or not."
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="of another run, with data .*, not .*: go on with what it had"):
+        run(monkeypatch, *arguments, "--out", out, "--resume", "--data", tmp_path / "other.json")
+    torch.nn.init.zeros_(model.multi_modal_projector.linear_1.bias)
+    model.save_pretrained(start_folder, [tokenizer.path])  # stage 1 was trained anew, into the same folder
+    with pytest.raises(InputError, match="of another run, with starting weights"):
+        run(monkeypatch, *arguments, "--out", out, "--resume")
 
 
 def test_the_best_model_on_held_out_data_is_kept(arguments, world, tmp_path, monkeypatch):

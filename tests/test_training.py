@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
+from nanollava.data import NO_ROW, Conversations, every_row, load_batches
 from nanollava.files import InputError
-from nanollava.training import Muon, best_device, fit, learning_rate, muon, orthogonal
+from nanollava.training import Muon, best_device, fit, learning_rate, mean_loss, muon, orthogonal
 
 
 def downhill(loss_of):
@@ -75,7 +76,7 @@ def test_a_gradient_is_clipped_to_norm_one():
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows():
     weight = torch.nn.Parameter(torch.ones(1))
     learn = downhill(lambda batch: weight.sum() * (float("nan") if batch == 2 else 1))
-    with pytest.raises(InputError, match="at step 2 the loss is nan.* lower the learning rate .*: row 7"):
+    with pytest.raises(InputError, match="at step 2 the loss is nan.* another --out, with a lower --lr: row 7"):
         fit("test", learn, range(5), 5, [torch.optim.SGD([weight], lr=1.0)], rows_of=lambda step: f": row {step + 5}")
 
 
@@ -85,3 +86,17 @@ def test_a_device_that_is_not_there_is_told():
         best_device("cpu:1")
     with pytest.raises(InputError, match="--device tpu is not there"):
         best_device("tpu")
+
+
+def test_the_held_out_loss_is_that_of_every_row_in_whatever_batches(model, tokenizer, world):
+    held_out = Conversations([(world / "instruct.json", world / "images")], tokenizer, model.config)
+    held_out.spans, held_out.lengths = held_out.spans[:7], held_out.lengths[:7]
+    rows = every_row(held_out.lengths, 7)
+    (whole,) = load_batches(held_out, rows)
+    with torch.no_grad():
+        expected = model(*(whole[0][part] for part in (0, 2, 1))).item()
+    for size, more in ((2, []), (3, []), (7, [NO_ROW] * 2)):  # a row that is only there to fill counts for nothing
+        batches = [*every_row(held_out.lengths, size)[:-1], every_row(held_out.lengths, size)[-1] + more]
+        for micro_batch in (1, None):
+            loss = mean_loss(model, load_batches(held_out, batches, micro_batch), "cpu")
+            assert loss == pytest.approx(expected, rel=1e-5)
