@@ -63,7 +63,7 @@ def parse_arguments():
         help="of all runs on this FILE together; what is under way then still comes")
     add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT", help="dollars for a million tokens")
     add("--timeout", type=positive(float), default=600.0, help="seconds for one answer (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="draws where the picture stands, and some questions (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="draws where pictures stand, and some questions (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the messages for one picture and an estimate; needs no key")
     command.set_defaults(run=ask_teacher)
 

@@ -154,7 +154,6 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     if arguments.eval_data and not arguments.eval_data.is_file():
         raise InputError(f"no data at {arguments.eval_data}")
     epochs, batch_size, lr, optimizer, save_every = settings_of(stage, arguments, parallel.world())
-    parallel.first(lambda: make_room(out))
     torch.manual_seed(arguments.seed)
     dtype = best_dtype(device, arguments.dtype)
 
@@ -184,8 +183,10 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     optimizers = OPTIMIZERS[optimizer](model, lr)
     begin = [start] if start else [vision, llm]
     run = dict(stage=stage, starting_weights=" ".join(map(checkpoint.fingerprint, begin)), data=dataset.digest,
-               rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, seed=arguments.seed, lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
+               rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, seed=arguments.seed,
+               lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
                feature_layer=model.config.feature_layer, dtype=str(dtype))
+    parallel.first(lambda: make_room(out))
     checkpoints = Checkpoints(out / "resume", model, optimizers, run)
     begun = checkpoints.load()
     workers = arguments.workers if arguments.workers is not None else 0 if device == "cpu" else 8
@@ -233,7 +234,10 @@ def settings_of(stage: int, arguments, processes: int) -> tuple:
 def make_room(out: Path) -> None:
     """The folder, without what a killed run left half written."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "best.part", ignore_errors=True)
+    best, part = out / "best", out / "best.part"
+    if (part / "config.json").is_file() and not best.exists():  # whole, and on the way to take the other's place
+        part.rename(best)
+    shutil.rmtree(part, ignore_errors=True)
     for path in out.glob(".*.part"):
         path.unlink()
 

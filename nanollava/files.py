@@ -15,7 +15,8 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message names it and says what to do about it."""
 
 
-FIRST = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"  # torchrun numbers its processes; one of them talks
+# torchrun numbers its processes; one of them talks
+FIRST = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

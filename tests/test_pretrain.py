@@ -74,9 +74,9 @@ def test_stage_0_makes_both_parts_and_leaves_alone_what_is_there(tmp_path, monke
     made = []
 
     def short(train):
-        def run(folder, tokenizer, seed, device):
+        def run(folder, tokenizer, seed, device, **more):
             made.append(folder.name)
-            train(folder, tokenizer, seed, device, steps=2, batch_size=4)
+            train(folder, tokenizer, seed, device, **more, steps=2, batch_size=4)
 
         return run
 

@@ -163,6 +163,17 @@ def one_step(model, optimizers):
         optimizer.zero_grad()
 
 
+def test_what_a_killed_run_left_half_written_goes_and_what_is_whole_stays(tmp_path):
+    for name in (".model.safetensors.7.part", "best.part/config.json", "log.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    train.make_room(tmp_path)  # killed after the old best was removed, before the new one had its name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "log.jsonl"]
+    (tmp_path / "best.part").mkdir()
+    train.make_room(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "log.jsonl"]
+
+
 def test_the_newest_whole_checkpoint_is_taken(model, tmp_path):
     model.vision_tower.requires_grad_(False)
     optimizers = muon(model, 1e-3)
