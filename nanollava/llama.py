@@ -61,12 +61,13 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
+        self.used = length  # no token looks at slots beyond; whoever knows where they end saves reading the rest
 
     def update(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Write k and v (B, T, kv_heads, head_dim) at `positions` (B, T); return all slots of that layer."""
+        """Write k and v (B, T, kv_heads, head_dim) at `positions` (B, T); return the used slots of that layer."""
         self.keys[layer][self.rows, positions] = k
         self.values[layer][self.rows, positions] = v
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer][:, : self.used], self.values[layer][:, : self.used]
 
 
 class Attention(nn.Module):
@@ -157,7 +158,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=embeds.device).expand(B, T)
         else:
-            slots = torch.arange(cache.keys.shape[2], device=embeds.device)
+            slots = torch.arange(cache.used, device=embeds.device)
             mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, slots)
         angles = rotary_angles(positions, self.config)
         x = embeds

@@ -125,6 +125,7 @@ class Llava(nn.Module):
         ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for step in range(max_new_tokens):
             if step > 0:
+                cache.used = T + step
                 positions = (lengths + step - 1)[:, None]  # a padding token's slot is overwritten before it is seen
                 hidden = self.language_model(self.language_model.embed(token[:, None]), positions, cache)[:, 0]
             token = choose(self.language_model.logits(hidden).float(), temperature, top_p)
