@@ -61,7 +61,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
-        self.used = length  # no token looks at slots beyond; whoever knows where they end saves reading the rest
+        self.used = length  # slots that any token looks at; `generate` says how many there are so far
 
     def update(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Write k and v (B, T, kv_heads, head_dim) at `positions` (B, T); return the used slots of that layer."""

@@ -105,6 +105,7 @@ class Llava(nn.Module):
         targets = labels[:, 1:]
         learned = targets != IGNORE
         logits = self.language_model.logits(hidden[:, :-1][learned])  # (learned tokens, V)
+        # a sum, not a mean: where nothing is to be learned the loss is 0, a mean would be no number
         return F.cross_entropy(logits.float(), targets[learned], reduction="sum") / max(1, len(logits))
 
     @torch.no_grad()

@@ -274,7 +274,7 @@ class Told:
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
 
 
-FIRST = 352  # steps of the first lesson
+FIRST = 352  # steps of the first lesson; rows are drawn for four at once
 EASY = ("kind", "color", "size", "place")
 
 
@@ -347,7 +347,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
         for step in range(start, steps):
             if step == start or step % 4 == 0:  # rows for four steps, those of like lengths together: less padding
                 rng = random.Random(f"{seed} {step // 4}")
-                rows = [draw(rng, first=step // 4 < FIRST // 4) for _ in range(4 * batch_size)]
+                rows = [draw(rng, first=step < FIRST) for _ in range(4 * batch_size)]
                 rows.sort(key=lambda row: len(row[0]))
                 four = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
                 rng.shuffle(four)

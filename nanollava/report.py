@@ -133,7 +133,7 @@ def card(picture: Path | None, told: list[Told]) -> str:
 
 
 def write_report(path: Path, title: str, curves: dict[str, list[dict]], columns=None, cards=()) -> None:
-    """Write the page: curves are the rows of a log by their names, columns percentages as of `evaluate.table`, cards
+    """Write the page: curves are the rows of a log by their names, columns percentages as for `table`, cards
     pairs of a picture's file, or None, and a list of what was Told about it."""
     parts = [f"<h2>{escape(name)}</h2>{curve(rows)}<p>Loss by step; the thick line is a running mean"
              + (", the dots are held-out data" if any("held_out_loss" in row for row in rows) else "") + ".</p>"

@@ -24,14 +24,13 @@ SCENE_PROBLEMS = {  # type of question: subject, grades, what one has to know
     "farthest": ("social science", (7, 12), "To find the farthest thing, find the place of each."),
 }
 GROUPS = {"an animal": ("cat", "fish", "bird"), "a plant": ("tree",), "made by people": ("house", "car", "ball")}
-WORDS = {"a thing": tuple(toy.KINDS), "a color": tuple(toy.COLORS), "a size": tuple(toy.SIZES)}
 
 
 def values(kind: str, things) -> list[str]:
     """All that the answer to a question of a type may end with."""
     return {
         "kind": list(toy.KINDS), "color": list(toy.COLORS), "place": list(toy.PLACES), "same color": ["yes", "no"],
-        "count": [*toy.NUMBERS[1:4]], "relation": ["left", "right", "above", "below"],
+        "count": list(toy.NUMBERS[1:4]), "relation": ["left", "right", "above", "below"],
         "farthest": [toy.name(thing, things) for thing in things],
     }[kind]
 
@@ -69,8 +68,9 @@ def about_alphabet(rng: random.Random) -> dict:
 
 
 def about_words(things, rng: random.Random) -> dict:
-    thing, which = rng.choice(things), rng.choice(tuple(WORDS))
+    thing = rng.choice(things)
     words = {"a thing": thing.kind, "a color": thing.color, "a size": thing.size}
+    which = rng.choice(tuple(words))
     truth = words.pop(which)
     made = problem(f"Which word of the text is {which}?", truth, list(words.values()),
                    "A word may name a thing, a color or a size.", toy.sentence(f"{truth} is {which}"),
