@@ -267,3 +267,4 @@ def find_data(stage: int, arguments) -> list[tuple[Path, Path]]:
 if __name__ == "__main__":
     with one_line_errors():
         main()
+        parallel.leave()
