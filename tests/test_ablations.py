@@ -60,6 +60,7 @@ def test_a_job_that_fails_is_told_with_its_own_words(tmp_path):
 
 def test_whoever_stops_it_stops_what_it_began(tmp_path):
     program = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).write_text('x'); time.sleep(60)"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background without
     threading.Timer(1.5, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         run([Job(tmp_path / "slow" / "made", ["-c", program], [])], at_once=1)  # returns long before a minute
