@@ -26,6 +26,7 @@ def parse_arguments():
     add("--seed", type=seed, help="the same seed draws the same reply")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--compile", action="store_true", help="let torch.compile make the blocks faster; that takes minutes at first")
     return parser.parse_args()
 
 
@@ -50,6 +51,8 @@ def main() -> None:
     folder = arguments.model or toy_run()
     device = best_device(arguments.device)
     model, tokenizer = open_llava(folder, best_dtype(device, arguments.dtype), device)
+    if arguments.compile:
+        model.compile_blocks()
     if model.config.stage == 1:
         say(f"{folder} went through stage 1 only: it can caption, but hardly converse")
     if arguments.seed is not None:

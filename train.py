@@ -61,6 +61,7 @@ def parse_arguments():
     add("--seed", type=seed, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--compile", action="store_true", help="let torch.compile make the blocks faster; that takes minutes at first")
     add = parser.add_argument_group("where").add_argument
     add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
     add("--save-every", type=positive(int), help="steps from one checkpoint to the next (default: 500; toy: 250)")
@@ -179,6 +180,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     freeze(model, stage, arguments.lora_rank)
     model.language_model.checkpointing = arguments.preset != "toy"
     parallel.place(model.compute_in(dtype), model.language_model.model.layers, dtype, device)
+    if arguments.compile:
+        model.compile_blocks()
 
     optimizers = OPTIMIZERS[optimizer](model, lr)
     begin = [start] if start else [vision, llm]

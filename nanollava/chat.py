@@ -45,8 +45,7 @@ def prompts(model, tokenizer, conversations):
     rows = [tokenize_conversation(turns, tokenizer, config.template, config.tokens_per_image, config.image_token_id)
             for turns in conversations]
     tokens, _, _ = collate([(*row, []) for row in rows])
-    device = model.multi_modal_projector.linear_1.weight.device
-    return tokens.to(device), torch.tensor([len(row) for row, _ in rows], device=device)
+    return tokens, torch.tensor([len(row) for row, _ in rows])
 
 
 def stream(model, tokenizer, turns, images, max_new_tokens=512, temperature=0.0, top_p=1.0):

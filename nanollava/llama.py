@@ -5,6 +5,7 @@ pictures among them. Parameters carry the names of the public LLaMA and Vicuna c
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn as nn
@@ -54,26 +55,22 @@ def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 
 class KVCache:
-    """Keys and values of every layer, with room for `length` tokens a row: token t of a row stands in slot t."""
+    """Keys and values of each layer, with room for `length` tokens a row: token t of a row stands in slot t."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
-        self.used = length  # slots that any token looks at; `generate` says how many there are so far
+        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("keys", "values"))
+                       for _ in range(config.num_hidden_layers)]
 
-    def update(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Write k and v (B, T, kv_heads, head_dim) at `positions` (B, T); return the used slots of that layer."""
-        self.keys[layer][self.rows, positions] = k
-        self.values[layer][self.rows, positions] = v
-        return self.keys[layer][:, : self.used], self.values[layer][:, : self.used]
+    def first(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first `length` slots of keys and values of each layer: what `Llama` reads and writes."""
+        return [(keys[:, :length], values[:, :length]) for keys, values in self.layers]
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         D, Q, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.grouped = KV != Q
         self.q_proj = Linear(D, Q * config.head_dim, bias=False)
@@ -81,14 +78,17 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, KV * config.head_dim, bias=False)
         self.o_proj = Linear(Q * config.head_dim, D, bias=False)
 
-    def forward(self, x, positions, angles, mask=None, cache=None) -> torch.Tensor:
+    def forward(self, x, positions, angles, mask=None, slots=None) -> torch.Tensor:
+        """x (B, T, D) at `positions` (B, T). Its keys and values go into `slots`, if given; with a mask (B, 1, T, S)
+        those are what x looks at, else it looks at itself, causally."""
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            slots = cache.update(self.layer, positions, k, v)
-            if mask is not None:
-                k, v = slots
+        if slots is not None:
+            rows = torch.arange(B, device=x.device)[:, None]
+            for slot, new in zip(slots, (k, v)):
+                slot[rows, positions] = new
+            k, v = (k, v) if mask is None else slots
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -109,10 +109,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -125,7 +125,7 @@ class Trunk(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -147,24 +147,24 @@ class Llama(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear(hidden, head.weight)  # (..., D) -> (..., V)
 
-    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None):
+    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, slots=None):
         """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.
 
-        Without `positions` the tokens stand at 0..T-1 and each sees those before it; a `cache`, if given, is
-        filled. With `positions` (B, T) they go on from the cache: each sees every slot up to its own.
+        Without `positions` the tokens stand at 0..T-1 and each sees those before it; `slots` of a cache, if given,
+        are filled. With `positions` (B, T) they go on from those slots: each sees every one up to its own.
         """
         B, T, _ = embeds.shape
         mask = None
         if positions is None:
             positions = torch.arange(T, device=embeds.device).expand(B, T)
         else:
-            slots = torch.arange(cache.used, device=embeds.device)
-            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, slots)
+            there = torch.arange(slots[0][0].shape[1], device=embeds.device)
+            mask = (there <= positions[..., None])[:, None]  # (B, 1, T, slots)
         angles = rotary_angles(positions, self.config)
         x = embeds
-        for block in self.model.layers:
+        for block, kept in zip(self.model.layers, slots or repeat(None)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, positions, angles, use_reentrant=False)
             else:
-                x = block(x, positions, angles, mask, cache)
+                x = block(x, positions, angles, mask, kept)
         return self.model.norm(x)

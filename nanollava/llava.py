@@ -68,21 +68,34 @@ class Llava(nn.Module):
         self.language_model.dtype = dtype
         return self
 
+    def compile_blocks(self) -> "Llava":
+        """Make one graph of every transformer block, for rows of any length. Names of weights stay as they are, and
+        what is hooked to a block (`fully_shard`) stays outside."""
+        for block in (*self.vision_tower.encoder.layers, *self.language_model.model.layers):
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.embeddings.class_embedding.device
+
     def see(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) to the language model's space, H_v (N, P, D). The class token is dropped."""
-        weight = self.vision_tower.embeddings.class_embedding
-        images = images.to(weight.device, self.language_model.dtype or weight.dtype)
+        dtype = self.language_model.dtype or self.vision_tower.embeddings.class_embedding.dtype
+        images = images.to(self.device, dtype, non_blocking=True)
         return self.multi_modal_projector(self.vision_tower(images, self.config.feature_layer)[:, 1:])
 
     def splice(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
         """Embeddings (B, T, D) of tokens (B, T), the picture tokens replaced in reading order by (N, P, D)."""
         is_image = tokens == self.config.image_token_id
-        wanted, given = int(is_image.sum()), 0 if pictures is None else pictures.shape[0] * pictures.shape[1]
-        if wanted != given:
-            raise ValueError(f"{wanted} picture tokens in the text, but pictures for {given}")
-        embeds = self.language_model.embed(tokens.masked_fill(is_image, 0))
+        where = is_image.flatten().nonzero()[:, 0]
+        given = 0 if pictures is None else pictures.shape[0] * pictures.shape[1]
+        if len(where) != given:
+            raise ValueError(f"{len(where)} picture tokens in the text, but pictures for {given}")
+        embeds = self.language_model.embed(tokens.masked_fill(is_image, 0).to(self.device, non_blocking=True))
         if given:
-            embeds = embeds.masked_scatter(is_image[..., None], pictures.to(embeds.dtype))
+            where, pictures = where.to(self.device, non_blocking=True), pictures.to(embeds.dtype)
+            embeds = embeds.flatten(0, 1).index_copy(0, where, pictures.flatten(0, 1)).view_as(embeds)
         return embeds
 
     def forward(self, tokens, images=None, labels=None, pictures=None) -> torch.Tensor:
@@ -91,6 +104,9 @@ class Llava(nn.Module):
         tokens: (B, T) int64, ragged rows filled up on the right with anything. images: (N, 3, H, W), all
         pictures of the batch in reading order; or `pictures`, (N, P, D), what `see` made of them before.
         With labels, logits are computed only where there is something to learn.
+
+        Tokens and labels are best on the CPU: where pictures stand and what is learned is found where they are, and
+        nobody waits for a GPU to tell.
         """
         if images is not None:
             pictures = self.see(images)
@@ -98,15 +114,18 @@ class Llava(nn.Module):
         if pictures is None and labels is not None and self.multi_modal_projector.linear_1.weight.requires_grad:
             # the projector takes part, with nothing, so that all processes have the same gradients to share
             size = self.config.image_size
-            embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size, device=tokens.device)).sum()
+            embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size)).sum()
         hidden = self.language_model(embeds)  # (B, T, D)
         if labels is None:
             return self.language_model.logits(hidden)
-        targets = labels[:, 1:]
-        learned = targets != IGNORE
-        logits = self.language_model.logits(hidden[:, :-1][learned])  # (learned tokens, V)
+        targets = labels.roll(-1, dims=1)  # what comes next
+        targets[:, -1] = IGNORE
+        where = (targets != IGNORE).flatten().nonzero()[:, 0]
+        targets = targets.flatten()[where].to(self.device, non_blocking=True)
+        hidden = hidden.flatten(0, 1).index_select(0, where.to(self.device, non_blocking=True))
+        logits = self.language_model.logits(hidden)  # (learned tokens, V)
         # a sum, not a mean: where nothing is to be learned the loss is 0, a mean would be no number
-        return F.cross_entropy(logits.float(), targets[learned], reduction="sum") / max(1, len(logits))
+        return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(logits))
 
     @torch.no_grad()
     def generate(self, tokens, images=None, max_new_tokens=512, temperature=0.0, top_p=1.0, eos_id=None,
@@ -119,16 +138,16 @@ class Llava(nn.Module):
         probability top_p. With eos_id, a row that ended goes on yielding it, and all stops when all rows ended.
         """
         B, T = tokens.shape
-        lengths = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
+        lengths = (torch.full((B,), T) if lengths is None else lengths).to(self.device)
         embeds = self.splice(tokens, pictures if images is None else self.see(images))
         cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
-        hidden = self.language_model(embeds, cache=cache)[torch.arange(B, device=tokens.device), lengths - 1]
-        ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        hidden = self.language_model(embeds, slots=cache.first(T))[torch.arange(B, device=self.device), lengths - 1]
+        ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):
             if step > 0:
-                cache.used = T + step
                 positions = (lengths + step - 1)[:, None]  # a padding token's slot is overwritten before it is seen
-                hidden = self.language_model(self.language_model.embed(token[:, None]), positions, cache)[:, 0]
+                embeds = self.language_model.embed(token[:, None])  # (B, 1, D)
+                hidden = self.language_model(embeds, positions, cache.first(T + step))[:, 0]
             token = choose(self.language_model.logits(hidden).float(), temperature, top_p)
             if eos_id is not None:
                 token = token.masked_fill(ended, eos_id)

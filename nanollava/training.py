@@ -130,13 +130,10 @@ def count_learned(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE).sum())
 
 
-def losses(model: torch.nn.Module, batch, device: str):
+def losses(model: torch.nn.Module, batch):
     """Yield for each micro-batch its mean loss, and how many tokens are learned in it."""
     for tokens, labels, images in batch:
-        learned = count_learned(labels)
-        tokens, labels, images = (None if tensor is None else tensor.to(device, non_blocking=True)
-                                  for tensor in (tokens, labels, images))
-        yield model(tokens, images, labels), learned
+        yield model(tokens, images, labels), count_learned(labels)
 
 
 def learner(model: torch.nn.Module, device: str) -> Callable:
@@ -150,7 +147,7 @@ def learner(model: torch.nn.Module, device: str) -> Callable:
         counts = sum(count_learned(labels) for _, labels, _ in batch)
         count = parallel.total(torch.tensor(float(counts), device=device))
         total = torch.zeros((), device=device)
-        for loss, learned in losses(model, batch, device):
+        for loss, learned in losses(model, batch):
             loss = loss * (learned / count)
             (loss * parallel.world()).backward()  # for fully_shard takes the mean over processes, and this is a sum
             total += loss.detach()
@@ -164,7 +161,7 @@ def mean_loss(model: torch.nn.Module, batches, device: str) -> float:
     """The mean loss over every token of the batches that would be learned."""
     total = torch.zeros(2, device=device)  # loss, tokens
     for batch in batches:
-        for loss, learned in losses(model, batch, device):
+        for loss, learned in losses(model, batch):
             total += torch.stack([loss * learned, torch.full_like(loss, learned)])
     loss, count = parallel.total(total).tolist()
     return loss / count

@@ -55,10 +55,10 @@ def test_the_cache_changes_nothing_for_rows_of_different_lengths():
     cache = KVCache(TINY, batch=2, length=8, dtype=torch.float32, device="cpu")
     padded = embeds[:, :4].clone()
     padded[1, 2:] = 99.0
-    llama(padded, cache=cache)
+    llama(padded, slots=cache.first(4))
     for step in range(2):
         at = lengths + step
-        now = llama(embeds[torch.arange(2), at][:, None], at[:, None], cache)
+        now = llama(embeds[torch.arange(2), at][:, None], at[:, None], cache.first(5 + step))
         torch.testing.assert_close(now[:, 0], whole[torch.arange(2), at])
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -80,6 +82,34 @@ def test_each_row_ends_at_its_own_eos(model):
     together = torch.stack(list(model.generate(torch.cat([one, other]), max_new_tokens=6, eos_id=eos)), dim=1)
     assert together[0].tolist() == said[0][: end + 1] + [eos] * (5 - end)
     assert together[1].tolist() == said[1]
+
+
+def test_a_compiled_model_says_and_learns_the_same_in_few_whole_graphs(model, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # inductor takes minutes
+    images = torch.randn(1, 3, 32, 32)
+
+    def work():
+        found = []
+        for text in ([5, 6], [5, 6, 7, 8], range(5, 25)):
+            tokens = prompt(model, 1, "image", *text)
+            model.zero_grad()
+            model(tokens, images, tokens.where(tokens < 32, IGNORE)).backward()
+            found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+            found += list(model.generate(tokens, images, max_new_tokens=5))
+        return found
+
+    before, names = work(), list(model.state_dict())
+    model.compile_blocks()
+    for one, other in zip(before, work(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert list(model.state_dict()) == names
+    assert len(graphs) <= 7  # a ViT block in training or not, a LLaMA block in both, its prompt, a token after it
 
 
 def test_temperature_makes_the_likely_likelier():
