@@ -31,6 +31,7 @@ PLACES = (
     "on the left", "in the middle", "on the right",
     "at the bottom left", "at the bottom", "at the bottom right",
 )
+PLACE_NAMES = tuple(place.split(" the ")[1] for place in PLACES)  # "top left"
 GROUNDS = ((250, 250, 250), (225, 225, 225), (250, 240, 215), (220, 235, 250), (225, 245, 225))
 NUMBERS = ("zero", "one", "two", "three", "four")
 
@@ -188,6 +189,8 @@ def described(thing: Thing) -> str:
 
 def caption(things: tuple[Thing, ...], style: int) -> str:
     """One sentence that names every thing, its size, color and place, in one of five styles."""
+    if not things:
+        return "Nothing."
     if style == 4:
         return sentence(listed([f"{t.place} {described(t)}" for t in things]))
     start = ("", "a picture of ", "we see ", f"there {'is' if len(things) == 1 else 'are'} ")[style]

@@ -1,255 +1,36 @@
-"""Stage 0: stand-ins for the public weights, so that the toy world has a CLIP and a Vicuna of its own.
+"""The toy world's LLaMA: trained on conversations about scenes that it is *told*, never shown.
 
-LLaVA begins with two halves that know the world already. For the toy world they are made here, once, from
-nothing: a SentencePiece vocabulary; a CLIP, trained by contrast on pictures and captions (Radford et al.,
-2021); and a LLaMA, trained on conversations about scenes that it is *told*, never shown. They are saved as
-the public ones are, and ship in assets/.
-
-The LLaMA is told a scene in two ways. In prose: a caption stands before the first question. And in bags of
-words: a grid of vectors, each the sum of the embeddings of the words for one patch of the picture ("red",
-"cat", "top left"). Prose alone teaches a network this small to name things that are there, but takes very
-long to teach which color belongs to which thing; in bags that is one look, and the skill carries over.
+It is told a scene in two ways. In prose: a caption stands before the first question. And in bags of words: a grid of
+vectors, each the sum of the embeddings of the words for one patch of the picture ("red", "cat", "top left"). Prose
+alone teaches a network this small to name things that are there, but takes very long to teach which color belongs to
+which thing; in bags that is one look, and the skill carries over.
 """
 
-import io
-import math
 import random
 import re
-import string
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from . import checkpoint, scienceqa, teacher, toy
 from .chat import replies
-from .conversation import IMAGE, TEMPLATES, tokenize_conversation
+from .conversation import IMAGE, tokenize_conversation
 from .data import collate
-from .toy_score import accuracy
-from .files import say, whole_file
-from .image import preprocess
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .resume import Checkpoints
 from .tokenizer import Tokenizer
+from .toy_clip import GRID, SAVE_EVERY, VISION, on_patches
 from .training import fit, muon
-from .vision import Encoder, VisionConfig, VisionTower
-
-VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
-                      num_hidden_layers=5, num_attention_heads=4)
-SAVE_EVERY = 100  # steps; stage 0 goes on where it was stopped
-GRID = VISION.image_size // VISION.patch_size  # patches a side
-
-
-# ---------------------------------------------------------------------------------------------
-# The vocabulary
-
-
-PLACES = [place.split(" the ")[1] for place in toy.PLACES]  # "top left"
-WHOLE = [  # texts that shall be one token: one that says nothing, and places that are to be found by one look
-    TEMPLATES["vicuna_v1"].system.strip(), *(f" {place}" for place in PLACES if " " in place)]
-
-
-def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
-    """A BPE vocabulary of 448 pieces for everything that is said in the toy world, written to `path`."""
-    rng = random.Random(seed)
-    lines = [*teacher.BRIEF, *teacher.DETAILED] * 20
-    for things in islice(toy.scenes(rng), scenes):
-        lines += [toy.caption(things, rng.randrange(toy.STYLES)), toy.description(things)]
-        asked = toy.ask(things, rng, 4, (*toy.QUESTIONS, *toy.REASONING))
-        lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in asked]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=448, hard_vocab_limit=False,
-        character_coverage=1.0, required_chars=string.printable.strip(),
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        user_defined_symbols=["\n", *(text.replace(" ", "▁") for text in WHOLE)], minloglevel=2)
-    with whole_file(path) as beside:
-        beside.write_bytes(model.getvalue())
-    return Tokenizer(path)
-
-
-# ---------------------------------------------------------------------------------------------
-# CLIP
-
-
-class TextEmbeddings(nn.Module):
-    def __init__(self, vocab_size: int, length: int, size: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, size)
-        self.position_embedding = nn.Embedding(length, size)
-
-
-class TextTower(nn.Module):
-    """CLIP's reader of captions: causal blocks, and what the end-of-text token has seen at the last of them."""
-
-    def __init__(self, config: VisionConfig, vocab_size: int, length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.length = config, vocab_size, length
-        self.embeddings = TextEmbeddings(vocab_size, length, config.hidden_size)
-        self.encoder = Encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Captions (N, T), each ending at its length (N,) with the end-of-text token, to vectors (N, D)."""
-        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[: tokens.shape[1]]
-        for block in self.encoder.layers:
-            x = block(x, is_causal=True)
-        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), lengths - 1])
-
-
-class Clip(nn.Module):
-    """Two towers that agree on which caption belongs to which picture. Names as in the public CLIP."""
-
-    def __init__(self, tokenizer: Tokenizer, size: int = 128):
-        super().__init__()
-        self.end_of_text = len(tokenizer)  # one past the vocabulary
-        self.tokenizer = tokenizer
-        text = VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
-        self.vision_model = VisionTower(VISION)
-        self.text_model = TextTower(text, len(tokenizer) + 1, length=96)
-        self.visual_projection = nn.Linear(VISION.hidden_size, size, bias=False)
-        self.text_projection = nn.Linear(text.hidden_size, size, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.1)
-        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
-        with torch.no_grad():
-            self.vision_model.embeddings.position_embedding.weight.copy_(waves(GRID, VISION.hidden_size))
-
-    def see(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) to unit vectors (N, size)."""
-        x = self.vision_model(images, layer=-1)[:, 0]
-        return F.normalize(self.visual_projection(self.vision_model.post_layernorm(x)), dim=-1)
-
-    def read(self, captions: list[str]) -> torch.Tensor:
-        """Captions to unit vectors (N, size)."""
-        rows = [self.tokenizer.encode(text) + [self.end_of_text] for text in captions]
-        tokens, _, _ = collate([(row, row, []) for row in rows])  # (N, T)
-        lengths, device = torch.tensor([len(row) for row in rows]), self.logit_scale.device
-        return F.normalize(self.text_projection(self.text_model(tokens.to(device), lengths.to(device))), dim=-1)
-
-    def save(self, folder: Path) -> None:
-        text = {key: getattr(self.text_model.config, key) for key in
-                ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")}
-        config = {
-            "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": self.visual_projection.out_features,
-            "vision_config": checkpoint.clip_json(vars(VISION)),
-            "text_config": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", **text,
-                            "vocab_size": self.text_model.vocab_size, "max_position_embeddings": self.text_model.length,
-                            "eos_token_id": self.end_of_text},
-        }
-        checkpoint.write(folder, config, {name: tensor.bfloat16() for name, tensor in self.state_dict().items()},
-                         [self.tokenizer.path])
-
-
-def load_clip(folder: Path) -> Clip:
-    """What `Clip.save` wrote, in float32."""
-    clip = Clip(Tokenizer(folder))
-    checkpoint.load(clip, checkpoint.read_tensors(folder), folder, torch.float32, "cpu")
-    return clip
-
-
-def waves(grid: int, size: int) -> torch.Tensor:
-    """Positions (1 + grid * grid, size) to begin with: sines and cosines of row and column, zero for the class token.
-
-    Neighbours start alike, and place is learned in half the time that random positions take.
-    """
-    count = size // 4
-    frequencies = math.pi / 2 * (1 / 8) ** (torch.arange(count) / (count - 1))
-    angles = torch.arange(grid)[:, None] * frequencies
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, size / 2)
-    plane = torch.cat([line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)], dim=-1)
-    return 0.5 * torch.cat([torch.zeros(1, size), plane.flatten(0, 1)])
-
-
-def nearly(things, rng: random.Random):
-    """The same scene but for one kind, color, size or place."""
-    number, attribute = rng.randrange(len(things)), rng.choice(("kind", "kind", "color", "cell", "size"))
-    values = {"kind": toy.KINDS, "color": toy.COLORS, "size": toy.SIZES, "cell": range(9)}[attribute]
-    taken = [getattr(thing, attribute) for thing in (things if attribute == "cell" else things[number : number + 1])]
-    changed = dict(vars(things[number]), **{attribute: rng.choice([value for value in values if value not in taken])})
-    scene = (*things[:number], toy.Thing(**changed), *things[number + 1 :])
-    return tuple(sorted(scene, key=lambda thing: thing.cell))
-
-
-def clip_scenes(rng: random.Random, count: int) -> list[tuple[toy.Thing, ...]]:
-    """Scenes to train on, half of them in groups of about four that are nearly the same: hard to tell apart."""
-    scenes, drawn = [], toy.scenes(rng)
-    while len(scenes) < count // 2:
-        one = next(drawn)
-        scenes += [one, *(other for other in (nearly(one, rng) for _ in range(3)) if not toy.is_held_out(other))]
-    return scenes + [next(drawn) for _ in range(count - len(scenes))]
-
-
-def picture(things, placed, rng: random.Random) -> torch.Tensor:
-    return preprocess(toy.draw(things, placed, rng), VISION.image_size)
-
-
-def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=3000, batch_size=128) -> None:
-    """Train the toy CLIP by the symmetric contrastive loss on fresh scenes, and save it in bfloat16."""
-    torch.manual_seed(seed)
-    clip = Clip(tokenizer).to(device)
-
-    def batches(start):
-        for step in range(start, steps):
-            rng = random.Random(f"{seed} {step}")  # what a step sees depends on its number alone: a run can go on
-            scenes, style = clip_scenes(rng, batch_size), rng.randrange(toy.STYLES)
-            images = torch.stack([picture(things, toy.boxes(things, rng), rng) for things in scenes])
-            yield scenes, images.to(device), [toy.caption(things, style) for things in scenes]
-
-    def learn(batch):
-        scenes, images, captions = batch
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
-        logits = clip.logit_scale.exp() * clip.see(images) @ clip.read(captions).T  # (N, N)
-        same = torch.tensor([[float(one == other) for other in scenes] for one in scenes], device=device)
-        same /= same.sum(dim=1, keepdim=True)  # a scene that came twice has two right captions
-        loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-        loss.backward()
-        return loss.detach()
-
-    optimizers = muon(clip, 1.5e-3)
-    checkpoints = Checkpoints(folder / "resume", clip, optimizers, dict(seed=seed, steps=steps, batch_size=batch_size))
-    start = checkpoints.load()
-    fit("toy CLIP ", learn, batches(start), steps, optimizers, checkpoints=checkpoints, start=start, every=SAVE_EVERY)
-    clip.save(folder)
-    checkpoints.clear()
-
-
-@torch.no_grad()
-def clip_accuracy(clip: Clip, rng: random.Random, count: int, candidates: int = 32) -> float:
-    """Percent of held-out pictures whose own caption is the nearest of 32: a quarter of the others differ in one word,
-    the rest belong to any other scenes."""
-    right, device, drawn, others = 0, clip.logit_scale.device, toy.scenes(rng, held_out=True), toy.scenes(rng)
-    for things in islice(drawn, count):
-        scenes = [things, *(nearly(things, rng) for _ in range(candidates // 4))]
-        scenes += islice(others, candidates - len(scenes))
-        image = picture(things, toy.boxes(things, rng), rng)[None].to(device)
-        scores = clip.read([toy.caption(scene, 0) for scene in scenes]) @ clip.see(image)[0]  # (candidates,)
-        right += scenes[int(scores.argmax())] == things
-    return 100 * right / count
-
-
-# ---------------------------------------------------------------------------------------------
-# LLaMA
 
 
 def bags(things, placed) -> list[list[str]]:
-    """The words for each patch in reading order: kind, color, size and place of the thing that covers a third of it."""
-    words, side = [], VISION.patch_size
-    for top in range(0, VISION.image_size, side):
-        for left in range(0, VISION.image_size, side):
-            words.append([])
-            for thing, (x, y, width, height) in zip(things, placed):
-                across = min(x + width, left + side) - max(x, left)
-                down = min(y + height, top + side) - max(y, top)
-                if across > 0 and down > 0 and across * down > side * side / 3:
-                    words[-1] = [thing.kind, thing.color, thing.size, PLACES[thing.cell]]
-    return words
+    """The words for each patch in reading order: kind, color, size and place of the thing on it."""
+    return [[thing.kind, thing.color, thing.size, toy.PLACE_NAMES[thing.cell]] if thing else []
+            for thing in on_patches(things, placed)]
 
 
 class Told:
@@ -257,7 +38,7 @@ class Told:
 
     def __init__(self, model: Llava, tokenizer: Tokenizer):
         self.model = model
-        words = (*toy.KINDS, *toy.COLORS, *toy.SIZES, *PLACES)
+        words = (*toy.KINDS, *toy.COLORS, *toy.SIZES, *toy.PLACE_NAMES)
         self.pieces = {word: tokenizer.encode(word) for word in words}
 
     def __call__(self, scenes: list[list[list[str]]], rng: random.Random, forget=0.0, noise=0.0) -> torch.Tensor:
@@ -274,7 +55,10 @@ class Told:
         return embeds + noise * table.detach().std() * torch.randn_like(embeds)
 
 
-FIRST = 352  # steps of the first lesson; rows are drawn for four at once
+FIRST = 240  # steps of the first lesson; rows are drawn for four at once
+LISTS = (tuple(toy.KINDS), tuple(toy.COLORS), toy.PLACE_NAMES, toy.NUMBERS[1:4], ("yes", "no"), ("left", "right"),
+         ("above", "below"), tuple(f"the {kind}" for kind in toy.KINDS),
+         tuple(f"the {color} {kind}" for color in toy.COLORS for kind in toy.KINDS))  # what options are made of
 EASY = ("kind", "color", "size", "place")
 
 
@@ -300,17 +84,24 @@ def lesson(things, rng: random.Random) -> list[str]:
     return [text for pair in pairs for text in pair]
 
 
-def exam(rng: random.Random, lists: int = 3) -> list[dict]:
-    """Multiple choice without a scene: which letter stands before a word? Vicuna knows, and ScienceQA asks."""
+def exam(rng: random.Random, first: bool) -> list[dict]:
+    """Multiple choice without a scene: which letter stands before a word? Vicuna knows, and ScienceQA asks.
+
+    It is learned as "cat (B), star (A)." first: finding the word again, and what stands before it there, are two steps.
+    "The answer is B." wants a third, to fetch the word that is asked for, and on its own is not learned at all.
+    """
     turns = []
-    for _ in range(lists):
-        words = rng.choice((tuple(toy.KINDS), tuple(toy.COLORS), toy.PLACES, toy.NUMBERS[1:]))
-        choices = rng.sample(words, rng.randint(2, 4))
-        said = scienceqa.options(choices) + "\n"
-        for number in rng.sample(range(len(choices)), len(choices)):
-            letter = scienceqa.LETTERS[number]
+    for _ in range(6 if first else 3):
+        words = rng.choice(LISTS)
+        choices = rng.sample(words, rng.randint(2, min(4, len(words))))
+        said, order = scienceqa.options(choices) + "\n", rng.sample(range(len(choices)), len(choices))
+        if first or rng.random() < 0.3:
+            pairs = ", ".join(f"{choices[number]} ({scienceqa.LETTERS[number]})" for number in order)
+            turns += [{"from": "human", "value": said}, {"from": "gpt", "value": f"{pairs}."}]
+            continue
+        for number in order:
             turns += [{"from": "human", "value": said + choices[number]},
-                      {"from": "gpt", "value": letter if rng.random() < 0.7 else f"The answer is {letter}."}]
+                      {"from": "gpt", "value": f"The answer is {scienceqa.LETTERS[number]}."}]
             said = ""
     return turns
 
@@ -335,8 +126,8 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     def draw(rng, first: bool):
         """A row of tokens and labels, and the bags of its picture, or None where it has none."""
         things = next(toy.scenes(rng))
-        if not first and rng.random() < 0.12:
-            turns, words = exam(rng), None
+        if rng.random() < (0.4 if first else 0.12):
+            turns, words = exam(rng, first), None
         else:
             prose, texts = not first and rng.random() < 1 / 3, (first_lesson if first else lesson)(things, rng)
             turns = teacher.conversation(texts, picture_first=first or rng.random() < 0.5)
@@ -354,7 +145,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
             batch = four[step % 4]
             tokens, labels, _ = collate([(ids, targets, []) for ids, targets, _ in batch])
             words = [words for _, _, words in batch if words]
-            yield tokens.to(device), labels.to(device), words, random.Random(f"{seed} {step} forget")
+            yield tokens, labels, words, random.Random(f"{seed} {step} forget")
 
     def learn(batch):
         tokens, labels, words, rng = batch
@@ -407,30 +198,3 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
         said += replies(model, tokenizer, turns, pictures=pictures)
         rows += [{"type": kind, "conversations": [{}, {"value": answer}]} for kind, _, answer in asked]
     return rows, said
-
-
-# ---------------------------------------------------------------------------------------------
-# All of it
-
-
-def train_parts(folder: Path, seed: int, device: str, small_llm: bool = False) -> None:
-    """Make toy-clip/ and toy-llama/ in a folder, whichever is missing; one that was stopped goes on."""
-    clip, llama = folder / "toy-clip", folder / "toy-llama"
-    tokenizer = next((Tokenizer(part) for part in (clip, llama) if (part / "tokenizer.model").is_file()), None)
-    tokenizer = tokenizer or train_tokenizer(clip / "tokenizer.model", seed)
-    for part, train in ((clip, train_clip), (llama, partial(train_llama, small=small_llm))):
-        if (part / "config.json").is_file():
-            say(f"{part} is there and stays as it is")
-        else:
-            train(part, tokenizer, seed, device)
-
-
-def parts_table(folder: Path, device: str, scenes: int = 300) -> dict[str, dict[str, float]]:
-    """How well the two know the world, in percent: columns of `table`, measured on held-out scenes."""
-    model = Llava.from_parts(folder / "toy-clip", folder / "toy-llama", device=device)
-    tokenizer, rng = Tokenizer(folder / "toy-llama"), random.Random(1)
-    columns = {}
-    for name, prose in (("told in bags", False), ("told in prose", True)):
-        columns[f"LLaMA {name}"] = accuracy(*llama_answers(model, tokenizer, rng, scenes, prose))
-    columns["CLIP, of 32"] = {"all": clip_accuracy(load_clip(folder / "toy-clip").to(device), rng, scenes)}
-    return columns

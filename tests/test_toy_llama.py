@@ -1,0 +1,54 @@
+import random
+import re
+
+import torch
+
+from nanollava.toy import Thing
+from nanollava.toy_llama import Told, bags, exam, first_lesson
+
+CAT, FISH = Thing(0, "cat", "red", "big"), Thing(5, "fish", "blue", "small")
+
+
+def test_each_patch_is_told_in_the_words_of_its_thing_and_its_place():
+    words = bags((CAT, FISH), [(0, 0, 28, 20), (66, 34, 20, 20)])
+    assert len(words) == 36
+    assert words[0] == ["cat", "red", "big", "top left"]
+    assert words[6 * 2 + 4] == ["fish", "blue", "small", "right"]
+    assert words[35] == []
+
+
+def test_what_is_told_is_the_sum_of_the_words(model, tokenizer):
+    told = Told(model, tokenizer)([[["cat", "red"], []]], random.Random(0))
+    table = model.language_model.model.embed_tokens.weight
+    torch.testing.assert_close(told[0, 0], table[tokenizer.encode("cat")[0]] + table[tokenizer.encode("red")[0]])
+    assert not told[0, 1].any()
+
+
+def test_the_first_lesson_answers_in_telegrams():
+    heard = {}
+    for seed in range(20):
+        texts = first_lesson((CAT,), random.Random(seed))
+        for question, answer in zip(texts[::2], texts[1::2]):
+            heard.setdefault(question, set()).add(answer)
+    assert heard["What color is the cat?"] == {"cat is red", "cat red"}
+    assert heard["What is at the top left?"] == {"top left is cat", "top left cat"}
+
+
+def test_the_exam_asks_for_the_letter_before_a_word():
+    short, long = 0, 0
+    for seed in range(20):
+        for first in (True, False):
+            turns = exam(random.Random(seed), first)
+            for human, gpt in zip(turns[::2], turns[1::2]):
+                said = human["value"].splitlines()
+                if said[0].startswith("Options: "):
+                    letters = dict(re.findall(r"\((.)\) ([a-z ]+?)(?: (?=\()|$)", said.pop(0)))
+                    letters = {word: letter for letter, word in letters.items()}
+                if said:  # "cat" -> "The answer is B."
+                    assert gpt["value"] == f"The answer is {letters[said[0]]}." and not first
+                    long += 1
+                else:  # "cat (B), star (A)."
+                    pairs = re.findall(r"([a-z ]+) \((.)\)[,.] ?", gpt["value"])
+                    assert dict(pairs) == letters and len(pairs) == len(letters)
+                    short += 1
+    assert short > 120 and long > 60
