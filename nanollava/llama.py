@@ -5,7 +5,6 @@ pictures among them. Parameters carry the names of the public LLaMA and Vicuna c
 """
 
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 import torch.nn as nn
@@ -78,9 +77,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, KV * config.head_dim, bias=False)
         self.o_proj = Linear(Q * config.head_dim, D, bias=False)
 
-    def forward(self, x, positions, angles, mask=None, slots=None) -> torch.Tensor:
+    def forward(self, x, positions, angles, mask=None, slots=None, wanted=None) -> torch.Tensor:
         """x (B, T, D) at `positions` (B, T). Its keys and values go into `slots`, if given; with a mask (B, 1, T, S)
-        those are what x looks at, else it looks at itself, causally."""
+        those are what x looks at, else it looks at itself, causally. `wanted` (n,): only these of the B * T tokens."""
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, angles), rotate(k, angles)
@@ -91,7 +90,12 @@ class Attention(nn.Module):
             k, v = (k, v) if mask is None else slots
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(pick(y.transpose(1, 2).reshape(B, T, -1), wanted))
+
+
+def pick(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    """Of the B * T vectors of x (B, T, D) those that are wanted, (n, D), or all, as they are."""
+    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
 
 
 class MLP(nn.Module):
@@ -116,8 +120,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *where) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *where)
+    def forward(self, x, positions, angles, mask=None, slots=None, wanted=None) -> torch.Tensor:
+        seen = self.self_attn(self.input_layernorm(x), positions, angles, mask, slots, wanted)
+        x = pick(x, wanted) + seen
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -147,11 +152,13 @@ class Llama(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear(hidden, head.weight)  # (..., D) -> (..., V)
 
-    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, slots=None):
+    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, slots=None, wanted=None):
         """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.
 
         Without `positions` the tokens stand at 0..T-1 and each sees those before it; `slots` of a cache, if given,
         are filled. With `positions` (B, T) they go on from those slots: each sees every one up to its own.
+        wanted: (n,) of the B * T tokens in reading order, where anybody reads the result. Then it is (n, D), and the
+        last block does for the others only what those see of them.
         """
         B, T, _ = embeds.shape
         mask = None
@@ -162,9 +169,11 @@ class Llama(nn.Module):
             mask = (there <= positions[..., None])[:, None]  # (B, 1, T, slots)
         angles = rotary_angles(positions, self.config)
         x = embeds
-        for block, kept in zip(self.model.layers, slots or repeat(None)):
+        for number, block in enumerate(self.model.layers, 1):
+            last = number == len(self.model.layers)
+            where = (positions, angles, mask, slots[number - 1] if slots else None, wanted if last else None)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, positions, angles, use_reentrant=False)
+                x = checkpoint(block, x, *where, use_reentrant=False)
             else:
-                x = block(x, positions, angles, mask, kept)
+                x = block(x, *where)
         return self.model.norm(x)

@@ -115,14 +115,13 @@ class Llava(nn.Module):
             # the projector takes part, with nothing, so that all processes have the same gradients to share
             size = self.config.image_size
             embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size)).sum()
-        hidden = self.language_model(embeds)  # (B, T, D)
         if labels is None:
-            return self.language_model.logits(hidden)
+            return self.language_model.logits(self.language_model(embeds))
         targets = labels.roll(-1, dims=1)  # what comes next
         targets[:, -1] = IGNORE
-        where = (targets != IGNORE).flatten().nonzero()[:, 0]
-        targets = targets.flatten()[where].to(self.device, non_blocking=True)
-        hidden = hidden.flatten(0, 1).index_select(0, where.to(self.device, non_blocking=True))
+        learned = (targets != IGNORE).flatten().nonzero()[:, 0]
+        targets = targets.flatten()[learned].to(self.device, non_blocking=True)
+        hidden = self.language_model(embeds, wanted=learned.to(self.device, non_blocking=True))
         logits = self.language_model.logits(hidden)  # (learned tokens, V)
         # a sum, not a mean: where nothing is to be learned the loss is 0, a mean would be no number
         return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(logits))
@@ -141,7 +140,8 @@ class Llava(nn.Module):
         lengths = (torch.full((B,), T) if lengths is None else lengths).to(self.device)
         embeds = self.splice(tokens, pictures if images is None else self.see(images))
         cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
-        hidden = self.language_model(embeds, slots=cache.first(T))[torch.arange(B, device=self.device), lengths - 1]
+        last = torch.arange(B, device=self.device) * T + lengths - 1
+        hidden = self.language_model(embeds, slots=cache.first(T), wanted=last)  # (B, D)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):
             if step > 0:

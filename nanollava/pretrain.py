@@ -24,8 +24,8 @@ from .toy_llama import llama_answers, train_llama
 from .toy_score import accuracy
 
 WHOLE = [  # texts that shall be one token: one that says nothing, and places and letters, to be found by one look
-    TEMPLATES["vicuna_v1"].system.strip(), *(f" {place}" for place in toy.PLACE_NAMES if " " in place),
-    *(f" ({letter})" for letter in "ABCD")]
+    TEMPLATES["vicuna_v1"].system.strip(), *(f" {place}" for place in toy.PLACES),
+    *(f" {place.capitalize()}" for place in toy.PLACES), *(f" ({letter})" for letter in "ABCD")]
 
 
 def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:

@@ -31,7 +31,6 @@ PLACES = (
     "on the left", "in the middle", "on the right",
     "at the bottom left", "at the bottom", "at the bottom right",
 )
-PLACE_NAMES = tuple(place.split(" the ")[1] for place in PLACES)  # "top left"
 GROUNDS = ((250, 250, 250), (225, 225, 225), (250, 240, 215), (220, 235, 250), (225, 245, 225))
 NUMBERS = ("zero", "one", "two", "three", "four")
 

@@ -1,7 +1,7 @@
 """The toy world's LLaMA: trained on conversations about scenes that it is *told*, never shown.
 
 It is told a scene in two ways. In prose: a caption stands before the first question. And in bags of words: a grid of
-vectors, each the sum of the embeddings of the words for one patch of the picture ("red", "cat", "top left"). Prose
+vectors, each the sum of the embeddings of the words for one patch of the picture ("red", "cat", "at the top left"). Prose
 alone teaches a network this small to name things that are there, but takes very long to teach which color belongs to
 which thing; in bags that is one look, and the skill carries over.
 """
@@ -29,7 +29,7 @@ from .training import fit, muon
 
 def bags(things, placed) -> list[list[str]]:
     """The words for each patch in reading order: kind, color, size and place of the thing on it."""
-    return [[thing.kind, thing.color, thing.size, toy.PLACE_NAMES[thing.cell]] if thing else []
+    return [[thing.kind, thing.color, thing.size, thing.place] if thing else []
             for thing in on_patches(things, placed)]
 
 
@@ -38,7 +38,7 @@ class Told:
 
     def __init__(self, model: Llava, tokenizer: Tokenizer):
         self.model = model
-        words = (*toy.KINDS, *toy.COLORS, *toy.SIZES, *toy.PLACE_NAMES)
+        words = (*toy.KINDS, *toy.COLORS, *toy.SIZES, *toy.PLACES)
         self.pieces = {word: tokenizer.encode(word) for word in words}
 
     def __call__(self, scenes: list[list[list[str]]], rng: random.Random, forget=0.0, noise=0.0) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Told:
 
 
 FIRST = 240  # steps of the first lesson; rows are drawn for four at once
-LISTS = (tuple(toy.KINDS), tuple(toy.COLORS), toy.PLACE_NAMES, toy.NUMBERS[1:4], ("yes", "no"), ("left", "right"),
+LISTS = (tuple(toy.KINDS), tuple(toy.COLORS), toy.PLACES, toy.NUMBERS[1:4], ("yes", "no"), ("left", "right"),
          ("above", "below"), tuple(f"the {kind}" for kind in toy.KINDS),
          tuple(f"the {color} {kind}" for color in toy.COLORS for kind in toy.KINDS))  # what options are made of
 EASY = ("kind", "color", "size", "place")

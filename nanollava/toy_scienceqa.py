@@ -29,7 +29,7 @@ GROUPS = {"an animal": ("cat", "fish", "bird"), "a plant": ("tree",), "made by p
 def values(kind: str, things) -> list[str]:
     """All that the answer to a question of a type may end with."""
     return {
-        "kind": list(toy.KINDS), "color": list(toy.COLORS), "place": list(toy.PLACE_NAMES), "same color": ["yes", "no"],
+        "kind": list(toy.KINDS), "color": list(toy.COLORS), "place": list(toy.PLACES), "same color": ["yes", "no"],
         "count": list(toy.NUMBERS[1:4]), "relation": ["left", "right", "above", "below"],
         "farthest": [toy.name(thing, things) for thing in things],
     }[kind]

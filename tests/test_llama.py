@@ -62,6 +62,12 @@ def test_the_cache_changes_nothing_for_rows_of_different_lengths():
         torch.testing.assert_close(now[:, 0], whole[torch.arange(2), at])
 
 
+def test_what_is_wanted_is_what_it_would_be_among_all():
+    llama, embeds = Llama(TINY), torch.randn(2, 6, 32)
+    wanted = torch.tensor([3, 5, 6, 11])  # of row 0 the tokens 3 and 5, of row 1 the tokens 0 and 5
+    torch.testing.assert_close(llama(embeds, wanted=wanted), llama(embeds)[[0, 0, 1, 1], [3, 5, 0, 5]])
+
+
 def test_tied_embeddings_have_no_head_of_their_own():
     llama = Llama(LlamaConfig(**{**vars(TINY), "tie_word_embeddings": True}))
     hidden = torch.randn(1, 1, 32)

@@ -7,7 +7,7 @@ def test_the_vocabulary_spells_everything_and_keeps_common_words_whole(tmp_path)
     tokenizer = pretrain.train_tokenizer(tmp_path / "tokenizer.model", seed=0, scenes=500)
     for text in ("What color is the cat?", 'Quiz: "3 + 4 = 7", {really}!'):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    for word in (*toy.KINDS, *toy.COLORS, *toy.SIZES, *toy.PLACE_NAMES, *(f"({letter})" for letter in "ABCD")):
+    for word in (*toy.KINDS, *toy.COLORS, *toy.SIZES, *toy.PLACES, *(f"({letter})" for letter in "ABCD")):
         assert len(tokenizer.encode(word)) == 1
 
 

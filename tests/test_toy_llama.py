@@ -12,8 +12,8 @@ CAT, FISH = Thing(0, "cat", "red", "big"), Thing(5, "fish", "blue", "small")
 def test_each_patch_is_told_in_the_words_of_its_thing_and_its_place():
     words = bags((CAT, FISH), [(0, 0, 28, 20), (66, 34, 20, 20)])
     assert len(words) == 36
-    assert words[0] == ["cat", "red", "big", "top left"]
-    assert words[6 * 2 + 4] == ["fish", "blue", "small", "right"]
+    assert words[0] == ["cat", "red", "big", "at the top left"]
+    assert words[6 * 2 + 4] == ["fish", "blue", "small", "on the right"]
     assert words[35] == []
 
 

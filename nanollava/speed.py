@@ -1,0 +1,256 @@
+"""How fast it is: beside what the machine could do at best, and beside transformers where that is installed.
+
+    python -m nanollava.speed                    # on whatever device is there, in the dtype that is fast on it
+    python -m nanollava.speed --dtype bfloat16 --repeat 10
+
+A LLaVA of random weights, between the toy's size and the real one's: a ViT-B, a LLaMA of 12 blocks of 768, steps of
+4 rows of 324 tokens. Both sides open the same folder and get the same tokens, pictures and labels, in turns in one
+process, so that whatever else the machine does slows both; the quickest of several turns counts. What learns is
+float32 on both sides; where the arithmetic is bfloat16 transformers runs under autocast.
+"""
+
+import importlib.util
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from .files import Parser, one_line_errors, positive, say
+
+
+def parse_arguments():
+    parser = Parser(__doc__, prog="python -m nanollava.speed")
+    add = parser.add_argument
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--repeat", type=positive(int), default=5, help="times that each thing is measured (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
+
+import torch
+from PIL import Image
+
+from .conversation import IGNORE
+from .image import open_image, preprocess
+from .llama import LlamaConfig
+from .llava import Llava, LlavaConfig
+from .plan import count, operations
+from .training import adamw, best_device, best_dtype, freeze
+from .vision import VisionConfig
+
+CONFIG = LlavaConfig(
+    VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+    LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12))
+ROWS, TOKENS, LEARNED, NEW = 4, CONFIG.tokens_per_image + 68, 34, 64  # of a step; tokens that are generated
+
+
+# ---------------------------------------------------------------------------------------------
+# What the machine could do
+
+
+def seconds(run, device: str, repeat: int = 5) -> float:
+    """How long a call takes at its quickest, all that it started on the device included."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    taken = []
+    for _ in range(repeat):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def matrix_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """Operations a second in the product of two big matrices."""
+    x = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / seconds(lambda: x @ x, device)
+
+
+def bandwidth(device: str, size: int = 2**28) -> float:
+    """Bytes a second that are read from memory, by a sum over a gigabyte."""
+    x = torch.ones(size, device=device)
+    return 4 * size / seconds(x.sum, device)
+
+
+# ---------------------------------------------------------------------------------------------
+# The two sides: a folder to what is measured
+
+
+def batch(device: str):
+    """Tokens (B, T), labels (B, T) and pictures (B, 3, H, W) of one step, the same every time."""
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, CONFIG.text.vocab_size, (ROWS, TOKENS), generator=random)
+    tokens[:, 1 : 1 + CONFIG.tokens_per_image] = CONFIG.image_token_id
+    labels = tokens.clone()
+    labels[:, :-LEARNED] = IGNORE
+    images = torch.randn(ROWS, 3, CONFIG.image_size, CONFIG.image_size, generator=random)
+    return tokens.to(device), labels.to(device), images.to(device)
+
+
+def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None):
+    """A training step of a stage, or without one what generates n tokens."""
+    if stage is None:
+        tokens, _, images = batch(device)
+        model = Llava.from_pretrained(folder, dtype, device)
+        return lambda new: list(model.generate(tokens[:1], images[:1], max_new_tokens=new))
+    tokens, labels, images = batch("cpu")
+    model = Llava.from_pretrained(folder, torch.float32, device).compute_in(dtype)
+    freeze(model, stage)
+    model.vision_tower.to(dtype)
+    optimizer, = adamw(model, 1e-4)
+
+    def step() -> None:
+        model(tokens, images, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def theirs(folder: Path, dtype: torch.dtype, device: str, stage: int | None):
+    """The same by transformers."""
+    from transformers import LlavaForConditionalGeneration
+
+    tokens, labels, images = batch(device)
+    if stage is None:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        prompt = dict(input_ids=tokens[:1], pixel_values=images[:1].to(dtype),
+                      attention_mask=torch.ones_like(tokens[:1]))
+        return lambda new: model.generate(**prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.model.language_model.requires_grad_(stage == 2)
+    model.lm_head.requires_grad_(stage == 2)
+    optimizer, = adamw(model, 1e-4)
+
+    def step() -> None:
+        with torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=tokens, pixel_values=images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+SIDES = {"nanollava": ours, "transformers": theirs}
+
+
+def peak(side: str, folder: Path, dtype: torch.dtype, device: str) -> float:
+    """Gigabytes that two steps of stage 2 take at most, in a process of their own."""
+    step = SIDES[side](folder, dtype, device, 2)
+    step()
+    step()
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables
+
+
+def compare(folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[str, dict[str, float]]:
+    """What each side takes: seconds a step or a token, and gigabytes."""
+    sides = [side for side in SIDES if side == "nanollava" or importlib.util.find_spec(side)]
+    found = {}
+
+    def measure(name: str, runs: dict) -> None:
+        say(f"measuring: {name}")
+        for run in runs.values():
+            run()  # the first time is always slower
+        turns = [{side: seconds(run, device, 1) for side, run in runs.items()} for _ in range(repeat)]
+        found[name] = {side: min(turn[side] for turn in turns) for side in runs}
+
+    for stage in (1, 2):
+        measure(f"stage {stage} step", {side: SIDES[side](folder, dtype, device, stage) for side in sides})
+    generate = {side: SIDES[side](folder, dtype, device, None) for side in sides}
+    measure("first token", {side: partial(run, 1) for side, run in generate.items()})
+    measure("next token", {side: partial(run, 1 + NEW) for side, run in generate.items()})
+    for side in sides:
+        found["next token"][side] = (found["next token"][side] - found["first token"][side]) / NEW
+    found["stage 2 memory"] = {}
+    for side in sides:
+        say(f"measuring: memory of {side}")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            found["stage 2 memory"][side] = fresh.submit(peak, side, folder, dtype, device).result()
+    return found
+
+
+def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The fewest seconds that this machine could take for each, by its matrix products or its memory."""
+    rate, speed = matrix_rate(dtype, device), bandwidth(device)
+    say(f"this machine: {rate / 1e9:,.0f} GFLOP/s in products of {str(dtype)[6:]}, reads {speed / 1e9:,.1f} GB/s")
+    with torch.device("meta"):
+        model = Llava(CONFIG)
+    least = {}
+    for stage in (1, 2):
+        freeze(model, stage)
+        least[f"stage {stage} step"] = operations(model, ROWS, TOKENS, LEARNED) / rate
+    D, V = CONFIG.text.hidden_size, CONFIG.text.vocab_size
+    model.requires_grad_(False)
+    cached = 2 * CONFIG.text.num_hidden_layers * (TOKENS + NEW / 2) * D
+    least["next token"] = dtype.itemsize * (count(model.language_model) - V * D + cached) / speed
+    return least
+
+
+def growth(folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[str, float]:
+    """What must not grow, or no faster than the work, by what is measured, as ratios: 1 is as it should be."""
+    say("measuring: growth")
+    generate = ours(folder, dtype, device, None)
+    first, some, many = (seconds(partial(generate, new), device, repeat) for new in (1, 1 + NEW, 1 + 4 * NEW))
+    return {f"a token, the last of {4 * NEW} to the first {NEW}": (many - some) / (3 * NEW) / ((some - first) / NEW)}
+
+
+def photographs(folder: Path, sizes=(224, 336)) -> dict[int, float]:
+    """Photographs of 640 x 480 that one process opens and prepares a second, by the size that the ViT sees."""
+    random = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (60, 80, 3), generator=random, dtype=torch.uint8).numpy()
+    path = folder / "photo.jpg"
+    Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+    return {size: 1 / seconds(lambda: preprocess(open_image(path), size), "cpu", 20) for size in sizes}
+
+
+def show(found: dict[str, dict[str, float]], least: dict[str, float]) -> str:
+    """The table: what each side takes, how many times less ours takes, and its share of the machine's limit."""
+    sides = list(next(iter(found.values())))
+    lines = [" " * 16 + "".join(f"{side:>15}" for side in sides) + f"{'times less':>12}" * (len(sides) > 1)
+             + f"{'of the machine':>16}"]
+    for name, taken in found.items():
+        unit, scale = ("GB", 1) if "memory" in name else ("ms", 1000)
+        line = f"{name:<16}" + "".join(f"{scale * value:>12,.1f} {unit}" for value in taken.values())
+        line += f"{taken['transformers'] / taken['nanollava']:>12.2f}" if len(sides) > 1 else ""
+        lines.append(line + (f"{least[name] / taken['nanollava']:>15.0%}" if name in least else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = best_device(arguments.device)
+    dtype = best_dtype(device, arguments.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        Llava(CONFIG).save_pretrained(folder)
+        least = limits(dtype, device)
+        found = compare(folder, dtype, device, arguments.repeat)
+        grows = growth(folder, dtype, device, arguments.repeat)
+        opened = photographs(Path(folder))
+    print(show(found, least))
+    for name, ratio in grows.items():
+        print(f"{name}: {ratio:.2f} times as long")
+    for size, rate in opened.items():
+        print(f"photographs of 640 x 480 to {size} pixels: {rate:,.0f} a second, one process")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
