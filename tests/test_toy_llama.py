@@ -3,6 +3,7 @@ import re
 
 import torch
 
+from nanollava import teacher
 from nanollava.toy import Thing
 from nanollava.toy_llama import Told, bags, exam, first_lesson
 
@@ -24,14 +25,19 @@ def test_what_is_told_is_the_sum_of_the_words(model, tokenizer):
     assert not told[0, 1].any()
 
 
-def test_the_first_lesson_answers_in_telegrams():
+def test_the_first_lesson_is_in_telegrams():
     heard = {}
-    for seed in range(20):
-        texts = first_lesson((CAT,), random.Random(seed))
+    for seed in range(60):
+        texts = first_lesson((CAT, FISH), random.Random(seed))
         for question, answer in zip(texts[::2], texts[1::2]):
             heard.setdefault(question, set()).add(answer)
     assert heard["What color is the cat?"] == {"cat is red", "cat red"}
-    assert heard["What is at the top left?"] == {"top left is cat", "top left cat"}
+    assert heard["What is at the top left?"] == {"at the top left is cat", "at the top left cat"}
+    lists = [said.split(", ") for question in teacher.BRIEF for said in heard.get(question, ())]
+    assert len(lists) > 40
+    for said in lists:  # each word stands with the thing that it belongs to
+        assert {frozenset(part.replace("at the top left", "there").replace("on the right", "here").split())
+                for part in said} == {frozenset(("cat", "red", "big", "there")), frozenset(("fish", "blue", "small", "here"))}
 
 
 def test_the_exam_asks_for_the_letter_before_a_word():
