@@ -5,7 +5,8 @@ import torch
 
 from nanollava import teacher
 from nanollava.toy import Thing
-from nanollava.toy_llama import Told, bags, exam, first_lesson
+from nanollava.llama import Llama, rotary_angles, rotate
+from nanollava.toy_llama import Told, bags, exam, first_lesson, initialize, llama_config
 
 CAT, FISH = Thing(0, "cat", "red", "big"), Thing(5, "fish", "blue", "small")
 
@@ -58,3 +59,17 @@ def test_the_exam_asks_for_the_letter_before_a_word():
                     assert dict(pairs) == letters and len(pairs) == len(letters)
                     short += 1
     assert short > 120 and long > 60
+
+
+def test_one_head_begins_by_looking_at_the_token_before():
+    config = llama_config(vocab_size=100)
+    llama = Llama(config)
+    initialize(llama)
+    embeds = llama.embed(torch.randint(100, (1, 12)))
+    attention, x = llama.model.layers[0].self_attn, llama.model.layers[0].input_layernorm(embeds)
+    angles = rotary_angles(torch.arange(12)[None], config)
+    q, k = (rotate(proj(x).view(1, 12, -1, config.head_dim), angles)[0, :, 0]
+            for proj in (attention.q_proj, attention.k_proj))
+    scores = (q @ k.T / config.head_dim**0.5).masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
+    looks = scores.softmax(dim=1)[range(1, 12), range(11)]  # at the token before, from the second on
+    assert looks.min() > 0.8
