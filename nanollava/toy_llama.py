@@ -79,7 +79,7 @@ def first_lesson(things, rng: random.Random) -> list[str]:
 
 def lesson(things, rng: random.Random) -> list[str]:
     """Questions and answers in turn: five of any type, at times a caption, a description or some reasoning."""
-    often = (*toy.QUESTIONS, "count", "count")  # what is learned last
+    often = (*toy.QUESTIONS, "count", "count", "same color")  # what is learned last
     pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 5, often)]
     if rng.random() < 0.2:
         pairs.append([rng.choice(teacher.BRIEF), toy.caption(things, rng.randrange(toy.STYLES))])
@@ -89,6 +89,11 @@ def lesson(things, rng: random.Random) -> list[str]:
         pairs += [[question, answer] for _, question, answer in toy.ask(things, rng, 1, tuple(toy.REASONING))]
     rng.shuffle(pairs)
     return [text for pair in pairs for text in pair]
+
+
+def alike(things) -> bool:
+    """Have two of the things their kind or their color in common? Such scenes teach to compare and to count."""
+    return len({thing.kind for thing in things}) < len(things) or len({thing.color for thing in things}) < len(things)
 
 
 def exam(rng: random.Random, first: bool) -> list[dict]:
@@ -120,7 +125,7 @@ def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     return [{**turn, "value": turn["value"].replace(IMAGE, story)} for turn in turns]
 
 
-def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=2000,
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=3000,
                 batch_size=16) -> None:
     """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
     torch.manual_seed(seed)
@@ -132,7 +137,8 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
 
     def draw(rng, first: bool):
         """A row of tokens and labels, and the bags of its picture, or None where it has none."""
-        things = next(toy.scenes(rng))
+        often = rng.random() < 0.5
+        things = next(things for things in toy.scenes(rng) if not often or alike(things))
         if rng.random() < (0.5 if first else 0.12):
             turns, words = exam(rng, first), None
         else:
