@@ -18,12 +18,12 @@ from nanollava.conversation import TEMPLATES
 from nanollava.files import InputError, Parser, one_line_errors, positive, say, seed
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, optimizer="adamw", save_every=500),
-         2: dict(epochs=3, batch_size=32, lr=2e-5, optimizer="adamw", save_every=500)}  # its appendix
+PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
+         2: dict(epochs=3, batch_size=32, lr=2e-5, save_every=500)}  # its appendix
 LORA_LR = 2e-4  # as in LLaVA-1.5's own recipe for LoRA: ten times the rate of the weights themselves
 PRESETS = {
-    "toy": {1: dict(epochs=1, batch_size=8, lr=4e-3, optimizer="adamw", save_every=250),
-            2: dict(epochs=1.3, batch_size=16, lr=9e-4, optimizer="muon", save_every=250)},
+    "toy": {1: dict(epochs=0.4, batch_size=8, lr=4e-3, save_every=250),
+            2: dict(epochs=0.5, batch_size=16, lr=4e-4, save_every=250)},
     "7b": PAPER,
     "13b": PAPER,
 }
@@ -57,7 +57,6 @@ def parse_arguments():
     add("--batch-size", type=positive(int), help="conversations a step, all processes together")
     add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
-    add("--optimizer", choices=("adamw", "muon"), help="the paper's adamw, or muon (default: adamw; toy stage 2: muon)")
     add("--seed", type=seed, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -86,9 +85,7 @@ from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy_data import write_world
 from nanollava.toy_score import toy_table, write_toy_report
-from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, muon, read_log
-
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, read_log
 
 
 def main() -> None:
@@ -154,7 +151,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
         raise InputError(f"no model at {start} to go on from: train it (--stage 1), or name another (--model)")
     if arguments.eval_data and not arguments.eval_data.is_file():
         raise InputError(f"no data at {arguments.eval_data}")
-    epochs, batch_size, lr, optimizer, save_every = settings_of(stage, arguments, parallel.world())
+    epochs, batch_size, lr, save_every = settings_of(stage, arguments, parallel.world())
     torch.manual_seed(arguments.seed)
     dtype = best_dtype(device, arguments.dtype)
 
@@ -183,10 +180,10 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     if arguments.compile:
         model.compile_blocks()
 
-    optimizers = OPTIMIZERS[optimizer](model, lr)
+    optimizers = adamw(model, lr)
     begin = [start] if start else [vision, llm]
     run = dict(stage=stage, starting_weights=" ".join(map(checkpoint.fingerprint, begin)), data=dataset.digest,
-               rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, seed=arguments.seed,
+               rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, seed=arguments.seed,
                lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
                feature_layer=model.config.feature_layer, dtype=str(dtype))
     parallel.first(lambda: make_room(out))
@@ -222,16 +219,16 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
 
 
 def settings_of(stage: int, arguments, processes: int) -> tuple:
-    """Epochs, batch size, rate, optimizer and steps between checkpoints: the preset's, but for what the user says."""
+    """Epochs, batch size, rate and steps between checkpoints: the preset's, but for what the user says."""
     settings = PRESETS[arguments.preset][stage]
     if stage == 1 and arguments.lora_rank:
         raise InputError("--lora-rank is for --stage 2: stage 1 leaves the language model alone")
     if arguments.lora_rank:
-        settings = settings | {"lr": LORA_LR, "optimizer": "adamw"}
+        settings = settings | {"lr": LORA_LR}
     chosen = {key: getattr(arguments, key) or value for key, value in settings.items()}
     if chosen["batch_size"] % processes:
         raise InputError(f"--batch-size {chosen['batch_size']} cannot be shared evenly by {processes} processes")
-    return tuple(chosen[key] for key in ("epochs", "batch_size", "lr", "optimizer", "save_every"))
+    return tuple(chosen[key] for key in ("epochs", "batch_size", "lr", "save_every"))
 
 
 def make_room(out: Path) -> None:

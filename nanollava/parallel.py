@@ -90,13 +90,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, cut as `other` is."""
-    if not isinstance(other, DTensor):
-        return tensor
-    return torch.distributed.tensor.distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
 def place(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> None:
     """Put a model's weights where they will be trained: what learns in float32, what is frozen in `dtype`.
 

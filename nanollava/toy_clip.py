@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from . import checkpoint, toy
 from .data import collate
 from .image import preprocess
+from .muon import muon
 from .resume import Checkpoints
 from .tokenizer import Tokenizer
-from .training import fit, muon
+from .training import fit
 from .vision import Encoder, VisionConfig, VisionTower
 
 VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,

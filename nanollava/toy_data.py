@@ -42,7 +42,7 @@ def toy_teacher(messages: list[dict]) -> str:
     if messages[0]["content"] == teacher.SYSTEM["reasoning"]:
         asked = toy.ask(things, rng, 3, tuple(toy.REASONING))
     else:
-        asked = toy.ask(things, rng, 8)
+        asked = toy.ask(things, rng, 8, toy.LESSONS)
     return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for _, question, answer in asked)
 
 

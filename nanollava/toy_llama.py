@@ -21,10 +21,11 @@ from .conversation import IMAGE, tokenize_conversation
 from .data import collate
 from .llama import Llama, LlamaConfig, rotary_angles, rotate
 from .llava import Llava, LlavaConfig
+from .muon import muon
 from .resume import Checkpoints
 from .tokenizer import Tokenizer
 from .toy_clip import GRID, SAVE_EVERY, VISION, on_patches
-from .training import fit, muon
+from .training import fit
 
 
 def bags(things, placed) -> list[list[str]]:
@@ -79,8 +80,7 @@ def first_lesson(things, rng: random.Random) -> list[str]:
 
 def lesson(things, rng: random.Random) -> list[str]:
     """Questions and answers in turn: five of any type, at times a caption, a description or some reasoning."""
-    often = (*toy.QUESTIONS, "count", "count", "same color")  # what is learned last
-    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 5, often)]
+    pairs = [[question, answer] for _, question, answer in toy.ask(things, rng, 5, toy.LESSONS)]
     if rng.random() < 0.2:
         pairs.append([rng.choice(teacher.BRIEF), toy.caption(things, rng.randrange(toy.STYLES))])
     if rng.random() < 0.1:

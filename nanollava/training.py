@@ -1,7 +1,7 @@
 """The training loop that all stages share: schedule, clipping, precision, log (section 4.2 and appendix C).
 
 AdamW without weight decay, 3 % linear warm-up, cosine to zero, gradient norm clipped to 1: the paper's
-numbers. Muon is there for the toy world's tiny networks, which it teaches in fewer steps.
+numbers.
 """
 
 import contextlib
@@ -52,67 +52,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is applied (Jordan et al., 2024).
-
-    torch.optim.Muon does the same, one matrix at a time and in bfloat16, which most laptop processors only
-    emulate; here matrices of one shape go through together, in float32.
-    """
-
-    def __init__(self, matrices, lr: float, momentum: float = 0.95):
-        super().__init__(matrices, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_shape = {}
-            for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-            for matrices in by_shape.values():
-                update = []
-                for matrix in matrices:
-                    state = self.state[matrix]
-                    if not state:
-                        state["average"] = torch.zeros_like(matrix)
-                    state["average"].lerp_(matrix.grad, 1 - group["momentum"])
-                    ahead = matrix.grad.lerp(state["average"], group["momentum"])
-                    update.append(parallel.whole(ahead).flatten(1))
-                update = orthogonal(torch.stack(update))  # (matrices, rows, columns)
-                scale = max(1, update.shape[1] / update.shape[2]) ** 0.5
-                for matrix, change in zip(matrices, update):
-                    matrix.sub_(parallel.like(change.view(matrix.shape), matrix), alpha=group["lr"] * scale)
-
-
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Matrices (..., rows, columns) with all singular values drawn near 1: five Newton-Schulz steps."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
-
-
 def adamw(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """The paper's optimizer."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [torch.optim.AdamW(learning, lr, weight_decay=0.0, fused=learning[0].is_cuda or None)]
-
-
-def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside transformer blocks and the patch convolution, AdamW, at `lr`, for all the rest.
-
-    One rate serves both: a step of Muon is about as long for every matrix, and 20/3 suits all networks here.
-    """
-    matrices, rest = [], []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        in_block = parameter.ndim == 2 and ".layers." in name
-        (matrices if in_block or parameter.ndim == 4 else rest).append(parameter)
-    optimizers = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    return [Muon(matrices, lr * 20 / 3), *optimizers] if matrices else optimizers
 
 
 def freeze(model: torch.nn.Module, stage: int, lora_rank: int | None = None) -> None:

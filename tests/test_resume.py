@@ -17,7 +17,7 @@ import train
 from nanollava import checkpoint
 from nanollava.files import InputError
 from nanollava.resume import Checkpoints
-from nanollava.training import adamw, muon
+from nanollava.training import adamw
 
 STEPS = 60
 
