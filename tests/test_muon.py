@@ -12,8 +12,9 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_strengths():
 
 def test_muon_goes_downhill():
     weight, target = torch.nn.Parameter(torch.randn(3, 3)), torch.eye(3)
-    optimizer = Muon([weight], 0.01)
-    for _ in range(500):
+    optimizer = Muon([weight], 0.1)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
         optimizer.zero_grad()
         loss = (weight - target).square().mean()
         loss.backward()

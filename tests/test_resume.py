@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train
 from nanollava import checkpoint
 from nanollava.files import InputError
+from nanollava.muon import muon
 from nanollava.resume import Checkpoints
 from nanollava.training import adamw
 
@@ -176,7 +177,7 @@ def test_what_a_killed_run_left_half_written_goes_and_what_is_whole_stays(tmp_pa
 
 def test_the_newest_whole_checkpoint_is_taken(model, tmp_path):
     model.vision_tower.requires_grad_(False)
-    optimizers = muon(model, 1e-3)
+    optimizers = muon(model.language_model, 1e-3)
     checkpoints = Checkpoints(tmp_path, model, optimizers, {"seed": 0})
     assert checkpoints.load() == 0
     one_step(model, optimizers)
