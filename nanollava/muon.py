@@ -5,6 +5,8 @@ Stages 1 and 2 begin with networks that know something, and keep the paper's Ada
 
 import torch
 
+MOMENTUM = 0.95
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix is made orthogonal before it is applied (Jordan et al., 2024).
@@ -13,8 +15,8 @@ class Muon(torch.optim.Optimizer):
     emulate; here matrices of one shape go through together, in float32.
     """
 
-    def __init__(self, matrices, lr: float, momentum: float = 0.95):
-        super().__init__(matrices, dict(lr=lr, momentum=momentum))
+    def __init__(self, matrices, lr: float):
+        super().__init__(matrices, dict(lr=lr))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -28,8 +30,8 @@ class Muon(torch.optim.Optimizer):
                     state = self.state[matrix]
                     if not state:
                         state["average"] = torch.zeros_like(matrix)
-                    state["average"].lerp_(matrix.grad, 1 - group["momentum"])
-                    ahead = matrix.grad.lerp(state["average"], group["momentum"])
+                    state["average"].lerp_(matrix.grad, 1 - MOMENTUM)
+                    ahead = matrix.grad.lerp(state["average"], MOMENTUM)
                     update.append(ahead.flatten(1))
                 update = orthogonal(torch.stack(update))  # (matrices, rows, columns)
                 scale = max(1, update.shape[1] / update.shape[2]) ** 0.5
@@ -49,7 +51,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def muon(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside transformer blocks and the patch convolution, AdamW, at `lr`, for what else learns.
+    """Muon for the matrices inside transformer blocks and the patch convolution, AdamW, at `lr`, for the rest.
 
     One rate serves both: a step of Muon is about as long for every matrix, and 20/3 suits all networks here.
     """

@@ -306,7 +306,7 @@ QUESTIONS = {
     "kind": ask_kind, "color": ask_color, "size": ask_size, "place": ask_place, "presence": ask_presence,
     "count": ask_count, "relation": ask_relation, "same color": ask_same_color,
 }
-LESSONS = (*QUESTIONS, "count", "count", "same color")  # types to draw from in training: what is learned last, more often
+LESSONS = (*QUESTIONS, "count", "count", "same color")  # what is learned last is asked more often
 
 
 def ask_farthest(things, rng):

@@ -26,6 +26,7 @@ from .vision import Encoder, VisionConfig, VisionTower
 
 VISION = VisionConfig(image_size=toy.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
                       num_hidden_layers=5, num_attention_heads=4)
+SIZE = 128  # of the space where pictures and captions meet
 GRID = VISION.image_size // VISION.patch_size  # patches a side
 SAVE_EVERY = 100  # steps; stage 0 goes on where it was stopped
 
@@ -58,15 +59,15 @@ class TextTower(nn.Module):
 class Clip(nn.Module):
     """Two towers that agree on which caption belongs to which picture. Names as in the public CLIP."""
 
-    def __init__(self, tokenizer: Tokenizer, size: int = 128):
+    def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self.end_of_text = len(tokenizer)  # one past the vocabulary
         self.tokenizer = tokenizer
         text = VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
         self.vision_model = VisionTower(VISION)
         self.text_model = TextTower(text, len(tokenizer) + 1, length=96)
-        self.visual_projection = nn.Linear(VISION.hidden_size, size, bias=False)
-        self.text_projection = nn.Linear(text.hidden_size, size, bias=False)
+        self.visual_projection = nn.Linear(VISION.hidden_size, SIZE, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, SIZE, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.1)
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
@@ -213,14 +214,14 @@ def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps
 
 
 @torch.no_grad()
-def clip_accuracy(clip: Clip, rng: random.Random, count: int, candidates: int = 32) -> float:
+def clip_accuracy(clip: Clip, rng: random.Random, count: int) -> float:
     """Percent of held-out pictures whose own caption is the nearest of 32: a quarter of the others differ in one word,
     the rest belong to any other scenes."""
     right, device, drawn, others = 0, clip.logit_scale.device, toy.scenes(rng, held_out=True), toy.scenes(rng)
     for things in islice(drawn, count):
-        scenes = [things, *(nearly(things, rng) for _ in range(candidates // 4))]
-        scenes += islice(others, candidates - len(scenes))
+        scenes = [things, *(nearly(things, rng) for _ in range(8))]
+        scenes += islice(others, 32 - len(scenes))
         image = picture(things, toy.boxes(things, rng), rng)[None].to(device)
-        scores = clip.read([toy.caption(scene, 0) for scene in scenes]) @ clip.see(image)[0][0]  # (candidates,)
+        scores = clip.read([toy.caption(scene, 0) for scene in scenes]) @ clip.see(image)[0][0]  # (32,)
         right += scenes[int(scores.argmax())] == things
     return 100 * right / count

@@ -1,9 +1,10 @@
-"""The toy world's LLaMA: trained on conversations about scenes that it is *told*, never shown.
+"""The toy world's LLaMA: trained on conversations about scenes that it is *told*, never shown, and on multiple
+choice.
 
 It is told a scene in two ways. In prose: a caption stands before the first question. And in bags of words: a grid of
-vectors, each the sum of the embeddings of the words for one patch of the picture ("red", "cat", "at the top left"). Prose
-alone teaches a network this small to name things that are there, but takes very long to teach which color belongs to
-which thing; in bags that is one look, and the skill carries over.
+vectors, each the sum of the embeddings of the words for one patch of the picture ("red", "cat", "at the top left").
+Prose alone teaches a network this small to name things that are there, but takes very long to teach which color belongs
+to which thing; in bags that is one look, and the skill carries over.
 """
 
 import random
@@ -34,7 +35,7 @@ def bags(things, placed) -> list[list[str]]:
             for thing in on_patches(things, placed)]
 
 
-class Told:
+class BagEmbeddings:
     """Turns the bags of a batch into vectors in the language model's space, where pictures will stand later."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer):
@@ -133,7 +134,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     initialize(model.language_model)
     model.multi_modal_projector.requires_grad_(False)
     model.to(device)
-    told = Told(model, tokenizer)
+    told = BagEmbeddings(model, tokenizer)
 
     def draw(rng, first: bool):
         """A row of tokens and labels, and the bags of its picture, or None where it has none."""
@@ -153,7 +154,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
                 rng = random.Random(f"{seed} {step // 4}")
                 rows = [draw(rng, first=step < FIRST) for _ in range(4 * batch_size)]
                 rows.sort(key=lambda row: len(row[0]))
-                four = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+                four = [rows[row : row + batch_size] for row in range(0, len(rows), batch_size)]
                 rng.shuffle(four)
             batch = four[step % 4]
             tokens, labels, _ = collate([(ids, targets, []) for ids, targets, _ in batch])
@@ -178,7 +179,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
 
 
 def llama_config(vocab_size: int, small: bool = False) -> LlamaConfig:
-    """As LLaMA 3, with long waves in its rotary angles: things are found by what they are, not by how far they are."""
+    """The long waves of LLaMA 3's rotary angles: things are found by what they are, not by how far they are."""
     width, depth = (128, 3) if small else (192, 4)
     return LlamaConfig(vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
                        num_attention_heads=4, rope_theta=500_000.0)
@@ -211,7 +212,7 @@ def initialize(llama: Llama) -> None:
 @torch.no_grad()
 def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, prose: bool):
     """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, its replies."""
-    told, drawn = Told(model, tokenizer), toy.scenes(rng, held_out=True)
+    told, drawn = BagEmbeddings(model, tokenizer), toy.scenes(rng, held_out=True)
     rows, said = [], []
     for things in islice(drawn, count):
         asked = [pair for kind in toy.QUESTIONS for pair in toy.ask(things, rng, 1, (kind,))]

@@ -1,7 +1,7 @@
 """The training loop that all stages share: schedule, clipping, precision, log (section 4.2 and appendix C).
 
-AdamW without weight decay, 3 % linear warm-up, cosine to zero, gradient norm clipped to 1: the paper's
-numbers.
+AdamW without weight decay, 3 % linear warm-up and a cosine to zero are the paper's; that the gradient's norm is clipped
+to 1 is a default of the trainer that its code uses.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ def best_dtype(device: str, wanted: str | None = None) -> torch.dtype:
     return torch.bfloat16 if fast and not device.startswith("mps") else torch.float32
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
-    """The rate of step 0..steps-1: linear from 0 to `peak` over the warm-up, then a cosine to 0."""
-    rising = max(1, round(warmup * steps))
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """The rate of step 0..steps-1: a line up to `peak` over 3 % of them, then a cosine towards 0."""
+    rising = max(1, round(0.03 * steps))
     if step < rising:
         return peak * (step + 1) / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

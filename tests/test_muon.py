@@ -10,16 +10,29 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_strengths():
     assert ((strengths > 0.6) & (strengths < 1.3)).all()
 
 
-def test_muon_goes_downhill():
-    weight, target = torch.nn.Parameter(torch.randn(3, 3)), torch.eye(3)
-    optimizer = Muon([weight], 0.1)
-    for step in range(300):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
-        optimizer.zero_grad()
-        loss = (weight - target).square().mean()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.01
+def test_muon_takes_the_steps_of_torchs_own():
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in ((8, 8), (8, 8), (24, 6), (6, 24))]
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    optimizers = Muon(ours, 0.1), torch.optim.Muon(theirs, 0.1, weight_decay=0.0)
+    for _ in range(3):
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, one, other in zip(starts, ours, theirs):
+        assert (one - other).norm() < 0.02 * (one - start).norm()  # torch multiplies in bfloat16
+
+
+def test_a_convolution_is_a_matrix_to_muon():
+    flat = torch.nn.Parameter(torch.ones(4, 12))
+    kernel = torch.nn.Parameter(torch.ones(4, 3, 2, 2))
+    flat.grad = torch.randn(4, 12)
+    kernel.grad = flat.grad.view(4, 3, 2, 2)
+    Muon([flat], 0.1).step()
+    Muon([kernel], 0.1).step()
+    assert torch.equal(kernel.flatten(1), flat)
 
 
 def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw(model):

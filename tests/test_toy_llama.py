@@ -6,7 +6,7 @@ import torch
 from nanollava import teacher
 from nanollava.toy import Thing
 from nanollava.llama import Llama, rotary_angles, rotate
-from nanollava.toy_llama import Told, bags, exam, first_lesson, initialize, llama_config
+from nanollava.toy_llama import BagEmbeddings, bags, exam, first_lesson, initialize, llama_config
 
 CAT, FISH = Thing(0, "cat", "red", "big"), Thing(5, "fish", "blue", "small")
 
@@ -20,7 +20,7 @@ def test_each_patch_is_told_in_the_words_of_its_thing_and_its_place():
 
 
 def test_what_is_told_is_the_sum_of_the_words(model, tokenizer):
-    told = Told(model, tokenizer)([[["cat", "red"], []]], random.Random(0))
+    told = BagEmbeddings(model, tokenizer)([[["cat", "red"], []]], random.Random(0))
     table = model.language_model.model.embed_tokens.weight
     torch.testing.assert_close(told[0, 0], table[tokenizer.encode("cat")[0]] + table[tokenizer.encode("red")[0]])
     assert not told[0, 1].any()

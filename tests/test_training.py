@@ -30,21 +30,22 @@ def test_the_rate_rises_for_three_percent_and_falls_to_nothing():
 def test_fit_goes_downhill_and_logs_every_step(tmp_path):
     weight = torch.nn.Parameter(torch.randn(3, 3))
     target = torch.eye(3)
-    fit("test", downhill(lambda _: (weight - target).square().mean()), range(100), 100, [torch.optim.AdamW([weight], 0.1)],
-        tmp_path / "log.jsonl", lambda _: 5)
+    fit("test", downhill(lambda _: (weight - target).square().mean()), range(100), 100,
+        [torch.optim.AdamW([weight], 0.1)], tmp_path / "log.jsonl", lambda _: 5)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(100))
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
     assert set(rows[0]) == {"step", "loss", "lr", "tokens_per_second", "seconds"}
 
 
-def test_fit_follows_the_schedule(tmp_path):
-    weight = torch.nn.Parameter(torch.zeros(1))
-    fit("test", downhill(lambda _: weight.sum()), range(50), 50, [torch.optim.SGD([weight], lr=2.0)],
-        tmp_path / "log.jsonl")
+def test_fit_follows_the_schedule_with_each_of_its_optimizers(tmp_path):
+    one, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizers = [torch.optim.SGD([one], lr=2.0), torch.optim.SGD([other], lr=1.0)]
+    fit("test", downhill(lambda _: 0.6 * one.sum() + 0.8 * other.sum()), range(50), 50, optimizers, tmp_path / "log.jsonl")
     rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]
-    torch.testing.assert_close(weight.item(), -sum(rates), rtol=1e-4, atol=0)  # the gradient is 1 throughout
+    torch.testing.assert_close(one.item(), -0.6 * sum(rates), rtol=1e-4, atol=0)  # the gradient is 0.6, 0.8 throughout
+    torch.testing.assert_close(other.item(), -0.8 * sum(rates) / 2, rtol=1e-4, atol=0)
 
 
 def test_a_gradient_is_clipped_to_norm_one():
