@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from .files import InputError
 
@@ -87,7 +85,7 @@ def first(work: Callable[[], object]) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all its slices; every process has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def place(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> None:
@@ -97,14 +95,18 @@ def place(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> No
     when it is their turn, and its gradients are averaged in float32. Tensors come from memory-mapped files and go
     block by block, so no process ever holds more than one block of the whole in float32.
     """
-    mesh = None
-    if world() > 1:
-        mesh = torch.distributed.init_device_mesh(device.partition(":")[0], (world(),))
+
+    def settle(parameters, device: str) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else dtype)
+
+    if world() == 1:
+        return settle(model.parameters(), device)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+    from torch.distributed.tensor import DTensor
+
+    mesh = dist.init_device_mesh(device.partition(":")[0], (world(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*blocks, model):
-        for parameter in unit.parameters():
-            if not isinstance(parameter, DTensor):
-                kept = torch.float32 if parameter.requires_grad else dtype
-                parameter.data = parameter.data.to("cpu" if mesh else device, kept)
-        if mesh:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        settle([parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)], "cpu")
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
