@@ -93,6 +93,8 @@ def main() -> None:
     parts = arguments.vision or arguments.llm
     if parts and arguments.model:
         raise InputError("--model goes on from a LLaVA, --vision and --llm begin one: give one or the other")
+    if arguments.small_llm and arguments.stage != 0:
+        raise InputError("--small-llm is for --stage 0, which makes one")
     if arguments.plan:
         return print_plan(arguments)
     if arguments.preset != "toy" and not (arguments.data and (arguments.model or (arguments.vision and arguments.llm))):
