@@ -38,7 +38,8 @@ def test_the_first_lesson_is_in_telegrams():
     assert len(lists) > 40
     for said in lists:  # each word stands with the thing that it belongs to
         assert {frozenset(part.replace("at the top left", "there").replace("on the right", "here").split())
-                for part in said} == {frozenset(("cat", "red", "big", "there")), frozenset(("fish", "blue", "small", "here"))}
+                for part in said} == {frozenset(("cat", "red", "big", "there")),
+                                      frozenset(("fish", "blue", "small", "here"))}
 
 
 def test_the_exam_asks_for_the_letter_before_a_word():

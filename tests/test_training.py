@@ -41,7 +41,8 @@ def test_fit_goes_downhill_and_logs_every_step(tmp_path):
 def test_fit_follows_the_schedule_with_each_of_its_optimizers(tmp_path):
     one, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizers = [torch.optim.SGD([other], lr=1.0), torch.optim.SGD([one], lr=2.0)]  # the last is told in the log
-    fit("test", downhill(lambda _: 0.6 * one.sum() + 0.8 * other.sum()), range(50), 50, optimizers, tmp_path / "log.jsonl")
+    fit("test", downhill(lambda _: 0.6 * one.sum() + 0.8 * other.sum()), range(50), 50, optimizers,
+        tmp_path / "log.jsonl")
     rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]
     torch.testing.assert_close(one.item(), -0.6 * sum(rates), rtol=1e-4, atol=0)  # the gradient is 0.6, 0.8 throughout
