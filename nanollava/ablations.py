@@ -1,8 +1,8 @@
 """What matters, and how much: tables 8 and 4 of the paper on the toy world, `python -m nanollava.evaluate ablations`.
 
 Every figure comes from commands that anybody can type: train.py, then an evaluation. Each runs in a process of its
-own, several at once, its words in output.txt beside what it makes. What is finished stays, what
-was stopped goes on.
+own, several at once, its words in a .txt beside the folder that it makes. What is finished stays, what was stopped goes
+on.
 """
 
 import os

@@ -85,7 +85,7 @@ def first(work: Callable[[], object]) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all its slices; every process has to ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor, whose class imports slowly
 
 
 def place(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> None:

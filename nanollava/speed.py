@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from .files import Parser, one_line_errors, positive, say
+from .files import InputError, Parser, one_line_errors, positive, say
 
 
 def parse_arguments():
@@ -185,7 +185,11 @@ def compare(folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[
         found[name] = {side: min(turn[side] for turn in turns) for side in runs}
 
     for stage in (1, 2):
-        measure(f"stage {stage} step", {side: SIDES[side](folder, dtype, device, stage) for side in sides})
+        steps = {side: SIDES[side](folder, dtype, device, stage) for side in sides}
+        losses = [float(step()) for step in steps.values()]
+        if max(losses) > 1.01 * min(losses):  # bfloat16 differs by less
+            raise InputError(f"no fair race: the losses of the first step of stage {stage} differ, {losses}")
+        measure(f"stage {stage} step", steps)
     generate = {side: SIDES[side](folder, dtype, device, None) for side in sides}
     measure("first token", {side: partial(run, 1) for side, run in generate.items()})
     measure("next token", {side: partial(run, 1 + NEW) for side, run in generate.items()})

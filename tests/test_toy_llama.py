@@ -4,8 +4,8 @@ import re
 import torch
 
 from nanollava import teacher
-from nanollava.toy import Thing
 from nanollava.llama import Llama, rotary_angles, rotate
+from nanollava.toy import Thing
 from nanollava.toy_llama import BagEmbeddings, bags, exam, first_lesson, initialize, llama_config
 
 CAT, FISH = Thing(0, "cat", "red", "big"), Thing(5, "fish", "blue", "small")
