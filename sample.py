@@ -37,8 +37,8 @@ import torch
 
 from nanollava.chat import open_llava, stream
 from nanollava.conversation import IMAGE
+from nanollava.device import best_device, best_dtype
 from nanollava.image import open_image, preprocess
-from nanollava.training import best_device, best_dtype
 
 
 def main() -> None:

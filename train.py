@@ -77,15 +77,16 @@ import torch
 
 from nanollava import checkpoint, parallel
 from nanollava.data import Conversations, batch_order, every_row, load_batches
-from nanollava.report import table, write_report
+from nanollava.device import best_device, best_dtype
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
 from nanollava.pretrain import parts_table, train_parts
+from nanollava.report import table, write_report
 from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy_data import write_world
 from nanollava.toy_score import toy_table, write_toy_report
-from nanollava.training import adamw, best_device, best_dtype, fit, freeze, learner, mean_loss, read_log
+from nanollava.training import adamw, fit, freeze, learner, mean_loss, read_log
 
 
 def main() -> None:

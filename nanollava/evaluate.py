@@ -99,13 +99,14 @@ from . import ablations, bench
 from .chat import answer_all, open_llava, read_answers, stream
 from .conversation import IMAGE
 from .data import check_row
+from .device import best_device, best_dtype
 from .image import open_image, preprocess
 from .llava import Llava
 from .progress import progress
 from .report import Told, table, write_report
 from .tokenizer import Tokenizer
 from .toy_score import accuracy, answer_toy, gallery, toy_table, write_toy_report
-from .training import best_device, best_dtype, read_log
+from .training import read_log
 
 
 def evaluate_toy(arguments) -> None:

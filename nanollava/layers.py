@@ -44,6 +44,16 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
+def normal(tensor: torch.Tensor, std: float = 1.0) -> torch.Tensor:
+    """Fill with normal numbers; not on the meta device, where torch takes a second to import what draws nothing."""
+    return tensor if tensor.is_meta else tensor.normal_(std=std)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        normal(self.weight.data)
+
+
 class PatchEmbedding(nn.Conv2d):
     """Cuts pictures (N, 3, H, W) into patches and maps each to a vector, (N, D, H / patch, W / patch)."""
 

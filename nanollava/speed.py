@@ -41,11 +41,12 @@ from PIL import Image
 
 from . import parallel
 from .conversation import IGNORE
+from .device import best_device, best_dtype
 from .image import open_image, preprocess
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .plan import count, operations
-from .training import adamw, best_device, best_dtype, freeze
+from .training import adamw, freeze
 from .vision import VisionConfig
 
 CONFIG = LlavaConfig(

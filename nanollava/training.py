@@ -23,27 +23,6 @@ from .progress import Progress
 from .resume import Checkpoints
 
 
-def best_device(wanted: str | None = None) -> str:
-    """The device that was asked for, or the fastest kind there is. Raises InputError where it is not there."""
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = {name: count for name, count in there.items() if count}
-    wanted = wanted or next(iter(there))
-    name, _, number = wanted.partition(":")
-    if name not in there or number and not (number.isdecimal() and int(number) < there[name]):
-        raise InputError(f"--device {wanted} is not there, only {' and '.join(there)}")
-    return wanted
-
-
-def best_dtype(device: str, wanted: str | None = None) -> torch.dtype:
-    """The dtype that was asked for, or bfloat16 where the hardware multiplies it; others emulate it, slowly."""
-    if wanted:
-        return getattr(torch, wanted)
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast and not device.startswith("mps") else torch.float32
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """The rate of step 0..steps-1: a line up to `peak` over 3 % of them, then a cosine towards 0."""
     rising = max(1, round(0.03 * steps))

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import LayerNorm, Linear, PatchEmbedding
+from .layers import Embedding, LayerNorm, Linear, PatchEmbedding, normal
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         D = config.hidden_size
-        self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+        self.class_embedding = nn.Parameter(normal(torch.empty(D), D**-0.5))
         self.patch_embedding = PatchEmbedding(D, config.patch_size)
-        self.position_embedding = nn.Embedding(config.num_patches + 1, D)
+        self.position_embedding = Embedding(config.num_patches + 1, D)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (N, P, D)

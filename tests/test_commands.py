@@ -270,6 +270,17 @@ def test_preparing_data_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
+def test_sampling_waits_for_nothing_of_torch_that_it_does_not_use():
+    """Its compiler takes a second to import, its writer of checkpoints half of one."""
+    code = """if True:
+        import sys, sample, torch
+        from nanollava.llava import Llava
+        Llava.from_parts("assets/toy-clip", "assets/toy-llama")
+        sys.exit(" ".join({"torch._dynamo", "torch.distributed.checkpoint"} & sys.modules.keys()) or 0)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------
 # prepare_data.py instruct
 

@@ -5,7 +5,7 @@ import torch
 
 from nanollava.data import NO_ROW, Conversations, every_row, load_batches
 from nanollava.files import InputError
-from nanollava.training import best_device, fit, learning_rate, mean_loss
+from nanollava.training import fit, learning_rate, mean_loss
 
 
 def downhill(loss_of):
@@ -61,14 +61,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows():
     learn = downhill(lambda batch: weight.sum() * (float("nan") if batch == 2 else 1))
     with pytest.raises(InputError, match="at step 2 the loss is nan.* another --out, with a lower --lr: row 7"):
         fit("test", learn, range(5), 5, [torch.optim.SGD([weight], lr=1.0)], rows_of=lambda step: f": row {step + 5}")
-
-
-def test_a_device_that_is_not_there_is_told():
-    assert best_device("cpu") == "cpu"
-    with pytest.raises(InputError, match="--device cpu:1 is not there"):
-        best_device("cpu:1")
-    with pytest.raises(InputError, match="--device tpu is not there"):
-        best_device("tpu")
 
 
 def test_the_held_out_loss_is_that_of_every_row_in_whatever_batches(model, tokenizer, world):
