@@ -63,7 +63,8 @@ def write_data(root: Path, seed: int = 0) -> None:
         write_json(root / f"{order}.json", rows(problems, "train", order))
     instruct = read_json(world / "instruct.json")
     for name, (_, kinds, _) in DATA.items():
-        write_json(world / f"{name}.json", [row for row in instruct if row["id"].partition("-")[2] in kinds])
+        if kinds:
+            write_json(world / f"{name}.json", [row for row in instruct if row["id"].partition("-")[2] in kinds])
     if not (root / "small" / "toy-clip").exists():
         shutil.copytree(CLIP, root / "small" / "toy-clip")
 
@@ -77,7 +78,7 @@ def jobs(root: Path, seeds: int, steps: int) -> list[Job]:
     for seed in range(seeds):
         folder = root / f"seed{seed}"
 
-        def train(name, stage: int, start: list, data: Path, images: Path, needs=(), share=1.0) -> Job:
+        def train(name, stage: int, data: Path, images: Path, start: list, needs=(), share=1.0) -> Job:
             epochs = round(share * steps) * BATCH / length[data]
             command = [TRAIN, "--stage", stage, *start, "--data", data, "--images", images, "--epochs", epochs,
                        "--batch-size", BATCH, "--seed", seed, "--out", folder / name, "--resume"]
@@ -89,27 +90,27 @@ def jobs(root: Path, seeds: int, steps: int) -> list[Job]:
             command = ["-m", "nanollava.evaluate", *how, "--model", model.folder, "--out", out]
             todo.append(Job(out, command, [model.product]))
 
-        def school(name: str, start: list, needs=(), order=ORDERS[0], share=1.0) -> None:
-            made = train(f"scienceqa-{name}", 2, start, root / f"{order}.json", problems, needs, share)
-            score(made, "scienceqa", "--data", problems, "--batch-size", 64)
-
-        def stage1(name: str, llm: Path, *more, needs=()) -> tuple[list, list[Path]]:
+        def stage1(name: str, llm: Path, *more, needs=()) -> Job:
             start = ["--vision", CLIP, "--llm", llm, *more]
-            made = train(f"stage1-{name}", 1, start, world / "pretrain.json", world / "images", needs)
-            return ["--model", made.folder], [made.product]
+            return train(f"stage1-{name}", 1, world / "pretrain.json", world / "images", start, needs)
+
+        def after(made: Job) -> dict:
+            return {"start": ["--model", made.folder], "needs": [made.product]}
+
+        def school(name: str, start: list, needs=(), order=ORDERS[0], share=1.0) -> None:
+            made = train(f"scienceqa-{name}", 2, root / f"{order}.json", problems, start, needs, share)
+            score(made, "scienceqa", "--data", problems, "--batch-size", 64)
 
         full = stage1("best", LLM)
         for share in SHARES:
-            school(f"best-{share}", *full, share=share)
-            school(f"answer-first-{share}", *full, order=ORDERS[1], share=share)
+            school(f"best-{share}", **after(full), share=share)
+            school(f"answer-first-{share}", **after(full), order=ORDERS[1], share=share)
         school("no-stage-1", ["--vision", CLIP, "--llm", LLM])
-        school("last-layer", *stage1("last-layer", LLM, "--feature-layer", -1))
+        school("last-layer", **after(stage1("last-layer", LLM, "--feature-layer", -1)))
         for name, (_, kinds, _) in DATA.items():
-            if kinds:
-                score(train(name, 2, full[0], world / f"{name}.json", world / "images", full[1]),
-                      "toy", "--data", root / "bench")
-        score(Job(full[1][0], [], []), "toy", "--data", root / "bench")
-        school("small-llm", *stage1("small-llm", small, needs=[small / "config.json"]))
+            made = train(name, 2, world / f"{name}.json", world / "images", **after(full)) if kinds else full
+            score(made, "toy", "--data", root / "bench")
+        school("small-llm", **after(stage1("small-llm", small, needs=[small / "config.json"])))
     return todo
 
 

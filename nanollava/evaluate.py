@@ -35,7 +35,7 @@ def parse_arguments():
     add = command.add_argument
     add("--run", type=Path, default=Path("runs/ablations"), help="folder of all that is made (default: %(default)s)")
     add("--seeds", type=positive(int), default=3, help="how often everything is trained (default: %(default)s)")
-    add("--steps", type=positive(int), default=300, help="of each training (default: %(default)s)")
+    add("--steps", type=positive(int), default=400, help="of each training (default: %(default)s)")
     add("--jobs", type=positive(int), default=min(8, os.cpu_count()),
         help="processes at once (default: one a processor, at most 8)")
     add("--out", type=Path, help="write every figure as JSON to this file, too")
