@@ -34,7 +34,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def adamw(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """The paper's optimizer."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [torch.optim.AdamW(learning, lr, weight_decay=0.0, fused=learning[0].is_cuda or None)]
+    return [torch.optim.AdamW(learning, lr, weight_decay=0.0, fused=True)]
 
 
 def freeze(model: torch.nn.Module, stage: int, lora_rank: int | None = None) -> None:
