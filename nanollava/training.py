@@ -103,6 +103,7 @@ class Log:
             self.lines = open(path, "a", buffering=1)
         self.progress = Progress(label, steps, "steps", start)
         self.begin = self.last = time.monotonic()
+        self.waited = 0.0
 
     def rewrite(self, path: Path, rows: list[dict]) -> None:
         """Without what a stopped run did after its last checkpoint."""
@@ -117,10 +118,14 @@ class Log:
         if self.lines:
             self.lines.close()
 
+    def got_batch(self) -> None:
+        """From the end of the last step until now it was waited for pictures and tokens."""
+        self.waited = time.monotonic() - self.last
+
     def tell(self, step: int, loss: float, lr: float, tokens: int, held_out: float | None) -> None:
         now = time.monotonic()
         row = {"step": step, "loss": loss, "lr": lr, "tokens_per_second": round(tokens / (now - self.last)),
-               "seconds": round(self.before + now - self.begin, 3)}
+               "seconds": round(self.before + now - self.begin, 3), "waited": round(self.waited, 4)}
         if held_out is not None:
             row["held_out_loss"], self.best = held_out, min(self.best, held_out)
         if self.lines:
@@ -172,15 +177,16 @@ def fit(
     """Take an optimizer step for each of the batches, from step `start` on.
 
     learn(batch) puts the gradients into the parameters and returns the loss. `log` gets one JSON object a step:
-    step, loss, lr, tokens per second, seconds. After `every` steps, if not 0, and after the last, the `checkpoints`
-    are saved, and validate(lowest held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and
-    SIGTERM save and end the program. Raises InputError, with rows_of(step), if loss or gradient is not a number any
-    more; that step is not taken.
+    step, loss, lr, tokens per second, seconds since the first step, and those of this step that went by waiting for
+    its batch. After `every` steps, if not 0, and after the last, the `checkpoints` are saved, and validate(lowest
+    held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and SIGTERM save and end the program.
+    Raises InputError, with rows_of(step), if loss or gradient is not a number any more; that step is not taken.
     """
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     with Log(label, log, start, steps) as told, asked_to_stop() if checkpoints else contextlib.nullcontext() as asked:
         for step, batch in zip(range(start, steps), batches):
+            told.got_batch()
             for optimizer, peak in zip(optimizers, peaks):
                 optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
             loss = learn(batch)

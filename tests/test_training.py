@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -35,7 +36,20 @@ def test_fit_goes_downhill_and_logs_every_step(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(100))
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
-    assert set(rows[0]) == {"step", "loss", "lr", "tokens_per_second", "seconds"}
+    assert set(rows[0]) == {"step", "loss", "lr", "tokens_per_second", "seconds", "waited"}
+
+
+def test_the_log_says_how_long_each_step_waited_for_its_batch(tmp_path):
+    def batches():
+        for pause in (0.0, 0.1, 0.0):
+            time.sleep(pause)
+            yield pause
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    slow = downhill(lambda pause: time.sleep(0.05) or weight.sum())  # that is work, not waiting
+    fit("test", slow, batches(), 3, [torch.optim.SGD([weight], lr=1.0)], tmp_path / "log.jsonl")
+    waited = [json.loads(line)["waited"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert waited[0] < 0.05 and waited[1] >= 0.1 and waited[2] < 0.05
 
 
 def test_fit_follows_the_schedule_with_each_of_its_optimizers(tmp_path):
