@@ -4,21 +4,35 @@ So what learns is kept in float32 while the arithmetic is bfloat16; and a proces
 float32 with weights that fit its memory in bfloat16 only. Where the two are the same, nothing is converted.
 """
 
+from math import gcd
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-PIECE = 2**24  # weights that are converted at once, where they are not wanted again
+PIECE = 2**20  # weights that are converted at once, where they are not wanted again: they stay in the cache
+FEW = 64  # rows up to which `few_rows` is faster, with a weight of MANY numbers
+MANY = 2**18
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., in) times weight (out, in), in the dtype of x. A big weight is converted piece by piece, so that it is
     never in memory twice; with gradients as a whole, for they want it back."""
-    bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype or weight.numel() <= PIECE or torch.is_grad_enabled():
-        return F.linear(x, weight.to(x.dtype), bias)
-    y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(PIECE // weight.shape[1])], dim=-1)
+    learning, bias = torch.is_grad_enabled(), None if bias is None else bias.to(x.dtype)
+    few = not learning and x.is_cpu and x[..., 0].numel() <= FEW and weight.numel() >= MANY
+    product = few_rows if few else F.linear
+    if weight.dtype == x.dtype or learning:
+        return product(x, weight.to(x.dtype), bias)
+    y = torch.cat([product(x, piece.to(x.dtype)) for piece in weight.split(PIECE // weight.shape[1])], dim=-1)
+    return y if bias is None else y + bias
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` for few rows on a processor. Then reading the weight is all the work; torch would let one core do it,
+    but gives each core its share of a batch: slices of the weight."""
+    slices = weight.unflatten(0, (gcd(len(weight), 16), -1))  # (S, out / S, in)
+    columns = x.flatten(0, -2).T.expand(len(slices), -1, -1)  # (S, in, rows)
+    y = torch.bmm(slices, columns).flatten(0, 1).T.reshape(*x.shape[:-1], -1)  # (S, out / S, rows) to (..., out)
     return y if bias is None else y + bias
 
 

@@ -36,34 +36,34 @@ class LlamaConfig:
 
 
 def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (B, T) to cosines and sines (B, T, 1, head_dim), always in float32.
+    """Positions (B, T) to cosines and sines (B, T, 1, head_dim), always in float32; the first half of the sines is
+    negative, as `rotate` wants them.
 
     Made anew for every call from the positions alone: no buffer that `.to(bfloat16)` could round.
     """
     steps = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None, None] * config.rope_theta ** (-steps / config.head_dim)  # (B, T, 1, head_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pair (x[i], x[i + head_dim / 2]) of each head by its angle: the layout of the public weights."""
     cos, sin = (part.to(x.dtype) for part in angles)
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # (a cos - b sin, b cos + a sin)
 
 
 class KVCache:
     """Keys and values of each layer, with room for `length` tokens a row: token t of a row stands in slot t."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("keys", "values"))
                        for _ in range(config.num_hidden_layers)]
 
     def first(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first `length` slots of keys and values of each layer: what `Llama` reads and writes."""
-        return [(keys[:, :length], values[:, :length]) for keys, values in self.layers]
+        return [(keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers]
 
 
 class Attention(nn.Module):
@@ -86,9 +86,9 @@ class Attention(nn.Module):
         if slots is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             for slot, new in zip(slots, (k, v)):
-                slot[rows, positions] = new
-            k, v = (k, v) if mask is None else slots
+                slot[rows, :, positions] = new
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
+        k, v = (k, v) if mask is None else slots
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(pick(y.transpose(1, 2).reshape(B, T, -1), wanted))
 
@@ -165,8 +165,9 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=embeds.device).expand(B, T)
         else:
-            there = torch.arange(slots[0][0].shape[1], device=embeds.device)
-            mask = (there <= positions[..., None])[:, None]  # (B, 1, T, slots)
+            there = torch.arange(slots[0][0].shape[2], device=embeds.device)
+            mask = torch.zeros(len(there), dtype=embeds.dtype, device=embeds.device)
+            mask = mask.masked_fill((there > positions[..., None])[:, None], -torch.inf)  # (B, 1, T, slots), is added
         angles = rotary_angles(positions, self.config)
         x = embeds
         for number, block in enumerate(self.model.layers, 1):

@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanollava import layers
-from nanollava.layers import LayerNorm, Linear, PatchEmbedding, RMSNorm
+from nanollava.layers import LayerNorm, Linear, PatchEmbedding, RMSNorm, few_rows
 
 
 @pytest.mark.parametrize("layer, shape", [
@@ -29,3 +30,18 @@ def test_a_big_weight_is_converted_piece_by_piece(monkeypatch, bias):
         torch.testing.assert_close(layer(x), whole)
     layer(x).sum().backward()
     assert layer.weight.grad.shape == (50, 8)
+
+
+@pytest.mark.parametrize("shape, out", [((1, 1, 8), 48), ((1, 8), 50), ((3, 2, 8), 32), ((4, 8), 33)])
+def test_few_rows_are_multiplied_in_slices_of_the_weight(monkeypatch, shape, out):
+    x, weight = torch.randn(shape), torch.randn(out, 8)
+    bias = torch.randn(out)
+    torch.testing.assert_close(few_rows(x, weight), F.linear(x, weight))
+    torch.testing.assert_close(few_rows(x, weight, bias), F.linear(x, weight, bias))
+    monkeypatch.setattr(layers, "MANY", 8 * out)
+    monkeypatch.setattr(layers, "few_rows", lambda x, weight, bias: "in slices")
+    with torch.no_grad():
+        assert layers.linear(x, weight) == "in slices"
+        assert torch.is_tensor(layers.linear(x, weight[1:]))  # a small weight
+        assert torch.is_tensor(layers.linear(torch.randn(layers.FEW + 1, 8), weight))
+    assert torch.is_tensor(layers.linear(x, weight))  # gradients may be wanted
