@@ -2,6 +2,7 @@
 
     python -m nanollava.speed                    # on whatever device is there, in the dtype that is fast on it
     python -m nanollava.speed --dtype bfloat16 --repeat 10
+    python -m nanollava.speed --compile          # our side with --compile
 
 A LLaVA of random weights, between the toy's size and the real one's: a ViT-B, a LLaMA of 12 blocks of 768, steps of
 4 rows of 324 tokens. Both sides open the same folder and get the same tokens, pictures and labels, in turns in one
@@ -30,6 +31,7 @@ def parse_arguments():
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--repeat", type=positive(int), default=5, help="times that each thing is measured (default: %(default)s)")
+    add("--compile", action="store_true", help="our blocks go through torch.compile, which takes minutes first")
     return parser.parse_args()
 
 
@@ -100,16 +102,20 @@ def batch(device: str):
     return tokens.to(device), labels.to(device), images.to(device)
 
 
-def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None):
+def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None, compiled: bool = False):
     """A training step of a stage, or without one what generates n tokens."""
     if stage is None:
         tokens, _, images = batch(device)
         model = Llava.from_pretrained(folder, dtype, device)
+        if compiled:
+            model.compile_blocks()
         return lambda new: list(model.generate(tokens[:1], images[:1], max_new_tokens=new))
     tokens, labels, images = batch("cpu")
     model = Llava.from_pretrained(folder, torch.float32)
     freeze(model, stage)
     parallel.place(model.compute_in(dtype), model.language_model.model.layers, dtype, device)
+    if compiled:
+        model.compile_blocks()
     optimizer, = adamw(model, 1e-4)
 
     def step() -> torch.Tensor:
@@ -153,12 +159,9 @@ def theirs(folder: Path, dtype: torch.dtype, device: str, stage: int | None):
     return step
 
 
-SIDES = {"nanollava": ours, "transformers": theirs}
-
-
-def peak(side: str, folder: Path, dtype: torch.dtype, device: str) -> float:
+def peak(side, folder: Path, dtype: torch.dtype, device: str) -> float:
     """Gigabytes that two steps of stage 2 take at most, in a fresh process; on a CPU, with all that it imports."""
-    step = SIDES[side](folder, dtype, device, 2)
+    step = side(folder, dtype, device, 2)
     step()
     step()
     if device.startswith("cuda"):
@@ -173,9 +176,8 @@ def peak(side: str, folder: Path, dtype: torch.dtype, device: str) -> float:
 # The tables
 
 
-def compare(folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[str, dict[str, float]]:
+def compare(sides: dict, folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[str, dict[str, float]]:
     """What each side takes: seconds a step or a token, and gigabytes."""
-    sides = [side for side in SIDES if side == "nanollava" or importlib.util.find_spec(side)]
     found = {}
 
     def measure(name: str, runs: dict) -> None:
@@ -186,21 +188,21 @@ def compare(folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[
         found[name] = {side: min(turn[side] for turn in turns) for side in runs}
 
     for stage in (1, 2):
-        steps = {side: SIDES[side](folder, dtype, device, stage) for side in sides}
+        steps = {name: side(folder, dtype, device, stage) for name, side in sides.items()}
         losses = [float(step()) for step in steps.values()]
         if max(losses) > 1.01 * min(losses):  # bfloat16 differs by less
             raise InputError(f"no fair race: the losses of the first step of stage {stage} differ, {losses}")
         measure(f"stage {stage} step", steps)
-    generate = {side: SIDES[side](folder, dtype, device, None) for side in sides}
-    measure("first token", {side: partial(run, 1) for side, run in generate.items()})
-    measure("next token", {side: partial(run, 1 + NEW) for side, run in generate.items()})
-    for side in sides:
-        found["next token"][side] = (found["next token"][side] - found["first token"][side]) / NEW
+    generate = {name: side(folder, dtype, device, None) for name, side in sides.items()}
+    measure("first token", {name: partial(run, 1) for name, run in generate.items()})
+    measure("next token", {name: partial(run, 1 + NEW) for name, run in generate.items()})
+    for name in sides:
+        found["next token"][name] = (found["next token"][name] - found["first token"][name]) / NEW
     found["stage 2 memory"] = {}
-    for side in sides:
-        say(f"measuring: memory of {side}")
+    for name, side in sides.items():
+        say(f"measuring: memory of {name}")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            found["stage 2 memory"][side] = fresh.submit(peak, side, folder, dtype, device).result()
+            found["stage 2 memory"][name] = fresh.submit(peak, side, folder, dtype, device).result()
     return found
 
 
@@ -221,10 +223,9 @@ def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     return least
 
 
-def growth(folder: Path, dtype: torch.dtype, device: str, repeat: int) -> float:
+def growth(generate, device: str, repeat: int) -> float:
     """How many times as long a late token takes as one of the first: 1 is as it should be."""
     say("measuring: growth")
-    generate = ours(folder, dtype, device, None)
     first, some, many = (seconds(partial(generate, new), device, repeat) for new in (1, 1 + NEW, 1 + 4 * NEW))
     return (many - some) / (3 * NEW) / ((some - first) / NEW)
 
@@ -258,9 +259,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Llava(CONFIG).save_pretrained(folder)
+        sides = {"nanollava": partial(ours, compiled=arguments.compile)}
+        if importlib.util.find_spec("transformers"):
+            sides["transformers"] = theirs
         least = limits(dtype, device)
-        found = compare(folder, dtype, device, arguments.repeat)
-        longer = growth(folder, dtype, device, arguments.repeat)
+        found = compare(sides, Path(folder), dtype, device, arguments.repeat)
+        longer = growth(sides["nanollava"](folder, dtype, device, None), device, arguments.repeat)
         opened = photographs(Path(folder))
     print(show(found, least))
     print(f"a token after the first {NEW} takes {longer:.2f} times as long as one of those")

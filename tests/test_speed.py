@@ -26,10 +26,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_measures_our_side_where_transformers_is_not_there(folder, monkeypatch):
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+def test_it_measures_steps_and_tokens_and_memory(folder, monkeypatch):
     monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
-    found = speed.compare(folder, torch.float32, "cpu", 2)
+    found = speed.compare({"nanollava": speed.ours}, folder, torch.float32, "cpu", 2)
     assert list(found) == ["stage 1 step", "stage 2 step", "first token", "next token", "stage 2 memory"]
     assert all(list(taken) == ["nanollava"] and taken["nanollava"] > 0 for taken in found.values())
 
@@ -62,10 +61,18 @@ def test_a_step_learns_what_its_stage_learns(folder, monkeypatch):
 
 
 def test_a_late_token_is_compared_with_an_early_one(folder, monkeypatch):
-    monkeypatch.setattr(speed, "ours", lambda *arguments: lambda new: new)
     cost = {1: 10.0, 5: 14.0, 17: 38.0}  # a token takes 1, and 2 after the fourth
     monkeypatch.setattr(speed, "seconds", lambda run, device, repeat: cost[run()])
-    assert speed.growth(folder, torch.float32, "cpu", 3) == 2
+    assert speed.growth(lambda new: new, "cpu", 3) == 2
+
+
+def test_our_side_is_compiled_on_request(folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Llava, "compile_blocks", lambda model: compiled.append(model))
+    for stage in (2, None):
+        speed.ours(folder, torch.float32, "cpu", stage)
+        speed.ours(folder, torch.float32, "cpu", stage, compiled=True)
+    assert len(compiled) == 2
 
 
 def test_sides_that_compute_something_else_are_not_compared(folder, monkeypatch):
@@ -73,9 +80,8 @@ def test_sides_that_compute_something_else_are_not_compared(folder, monkeypatch)
         step = speed.ours(*arguments)
         return lambda: 1.1 * step()
 
-    monkeypatch.setattr(speed, "SIDES", {"nanollava": speed.ours, "json": other})  # any module that is installed
     with pytest.raises(InputError, match="no fair race: the losses of the first step of stage 1 differ"):
-        speed.compare(folder, torch.float32, "cpu", 1)
+        speed.compare({"nanollava": speed.ours, "other": other}, folder, torch.float32, "cpu", 1)
 
 
 def test_the_quickest_turn_counts():
