@@ -2,10 +2,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanollava import Llava
 from nanollava.conversation import IGNORE
 from nanollava.llava import choose
+from nanollava.plan import count
 
 
 def prompt(model, *parts):
@@ -110,6 +112,22 @@ def test_a_compiled_model_says_and_learns_the_same_in_few_whole_graphs(model, mo
         torch.testing.assert_close(one, other)
     assert list(model.state_dict()) == names
     assert len(graphs) <= 7  # a ViT block in training or not, a LLaMA block in both, its prompt, a token after it
+
+
+def test_a_step_costs_a_head_for_each_token_that_is_learned_and_no_more(model):
+    tokens, images = prompt(model, 1, "image", *range(2, 30)), torch.randn(1, 3, 32, 32)
+
+    def operations(learned: int) -> int:
+        labels = tokens.clone()
+        labels[:, : tokens.shape[1] - learned] = IGNORE
+        with FlopCounterMode(display=False) as flops:
+            model(tokens, images, labels).backward()
+        return flops.get_total_flops()
+
+    costs, text = [operations(learned) for learned in (4, 12, 20)], model.config.text
+    last = model.language_model.model.layers[-1]  # what it does for one token, but for keys, values and a query
+    each = text.vocab_size * text.hidden_size + count(last.mlp) + count(last.self_attn.o_proj)
+    assert costs[2] - costs[1] == costs[1] - costs[0] == 8 * 6 * each
 
 
 def test_temperature_makes_the_likely_likelier():
