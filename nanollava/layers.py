@@ -19,7 +19,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x (..., in) times weight (out, in), in the dtype of x. A big weight is converted piece by piece, so that it is
     never in memory twice; with gradients as a whole, for they want it back."""
     learning, bias = torch.is_grad_enabled(), None if bias is None else bias.to(x.dtype)
-    few = not learning and x.is_cpu and x[..., 0].numel() <= FEW and weight.numel() >= MANY
+    few = not learning and x.is_cpu and x.numel() <= FEW * x.shape[-1] and weight.numel() >= MANY
     product = few_rows if few else F.linear
     if weight.dtype == x.dtype or learning:
         return product(x, weight.to(x.dtype), bias)
@@ -30,9 +30,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` for few rows on a processor. Then reading the weight is all the work; torch would let one core do it,
     but gives each core its share of a batch: slices of the weight."""
-    slices = weight.unflatten(0, (gcd(len(weight), 16), -1))  # (S, out / S, in)
-    columns = x.flatten(0, -2).T.expand(len(slices), -1, -1)  # (S, in, rows)
-    y = torch.bmm(slices, columns).flatten(0, 1).T.reshape(*x.shape[:-1], -1)  # (S, out / S, rows) to (..., out)
+    S, (out, D) = gcd(len(weight), 16), weight.shape
+    columns = x.reshape(-1, D).T.expand(S, -1, -1)  # (S, in, rows)
+    y = torch.bmm(weight.view(S, -1, D), columns)  # (S, out / S, rows)
+    y = y.view(out, -1).T.reshape(*x.shape[:-1], out)
     return y if bias is None else y + bias
 
 
