@@ -11,29 +11,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PIECE = 2**20  # weights that are converted at once, where they are not wanted again: they stay in the cache
-FEW = 64  # rows up to which `few_rows` is faster, with a weight of MANY numbers
-MANY = 2**18
+MANY, SLICES = 2**18, 16  # weights that are worth being shared among the cores, and in how many slices
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., in) times weight (out, in), in the dtype of x. A big weight is converted piece by piece, so that it is
-    never in memory twice; with gradients as a whole, for they want it back."""
-    learning, bias = torch.is_grad_enabled(), None if bias is None else bias.to(x.dtype)
-    few = not learning and x.is_cpu and x.numel() <= FEW * x.shape[-1] and weight.numel() >= MANY
-    product = few_rows if few else F.linear
-    if weight.dtype == x.dtype or learning:
-        return product(x, weight.to(x.dtype), bias)
-    y = torch.cat([product(x, piece.to(x.dtype)) for piece in weight.split(PIECE // weight.shape[1])], dim=-1)
+    """x (..., in) times weight (out, in), in the dtype of x. On a processor, unless gradients want it back, a big weight
+    is converted piece by piece, so that it is never in memory twice, and next tokens (B, 1, in) have every core read."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if torch.is_grad_enabled() or not x.is_cpu:
+        return F.linear(x, weight.to(x.dtype), bias)
+    shared = x.dtype == torch.float32 and x.ndim == 3 and x.shape[1] == 1 and weight.numel() >= MANY
+    product = next_tokens if shared else F.linear
+    if weight.dtype == x.dtype:
+        return product(x, weight, bias)
+    rows = max(SLICES, PIECE // weight.shape[1] // SLICES * SLICES)
+    y = torch.cat([product(x, piece.to(x.dtype)) for piece in weight.split(rows)], dim=-1)
     return y if bias is None else y + bias
 
 
-def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` for few rows on a processor. Then reading the weight is all the work; torch would let one core do it,
-    but gives each core its share of a batch: slices of the weight."""
-    S, (out, D) = gcd(len(weight), 16), weight.shape
-    columns = x.reshape(-1, D).T.expand(S, -1, -1)  # (S, in, rows)
-    y = torch.bmm(weight.view(S, -1, D), columns)  # (S, out / S, rows)
-    y = y.view(out, -1).T.reshape(*x.shape[:-1], out)
+def next_tokens(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` for x (B, 1, in) on a processor. To read the weight is all the work then; torch lets one core do that
+    for a row of float32, but shares out the products of a batch: here, of slices of the weight."""
+    S, (out, D) = gcd(len(weight), SLICES), weight.shape
+    y = torch.bmm(weight.view(S, -1, D), x[:, 0].T.expand(S, -1, -1))  # (S, out / S, in) times (S, in, B)
+    y = y.view(out, -1).T.contiguous()[:, None]  # (B, 1, out)
     return y if bias is None else y + bias
 
 

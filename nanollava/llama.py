@@ -166,8 +166,9 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=embeds.device).expand(B, T)
         else:
             there = torch.arange(slots[0][0].shape[2], device=embeds.device)
-            mask = torch.zeros(len(there), dtype=embeds.dtype, device=embeds.device)
-            mask = mask.masked_fill((there > positions[..., None])[:, None], -torch.inf)  # (B, 1, T, slots), is added
+            unseen = (there > positions[..., None])[:, None]  # (B, 1, T, slots)
+            # what attention would make of booleans, in every layer: added to its scores
+            mask = embeds.new_zeros(()).masked_fill(unseen, -torch.inf)
         angles = rotary_angles(positions, self.config)
         x = embeds
         for number, block in enumerate(self.model.layers, 1):

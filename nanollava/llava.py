@@ -71,6 +71,7 @@ class Llava(nn.Module):
     def compile_blocks(self) -> "Llava":
         """Make one graph of every transformer block, for rows of any length. Names of weights stay as they are, and
         what is hooked to a block (`fully_shard`) stays outside."""
+        torch._dynamo.config.recompile_limit = 64  # training, evaluation, a prompt, next tokens; the last block; one row
         for block in (*self.vision_tower.encoder.layers, *self.language_model.model.layers):
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
         return self
@@ -114,7 +115,7 @@ class Llava(nn.Module):
         if pictures is None and labels is not None and self.multi_modal_projector.linear_1.weight.requires_grad:
             # the projector takes part, with nothing, so that all processes have the same gradients to share
             size = self.config.image_size
-            embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size)).sum()
+            embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size, device=self.device)).sum()
         if labels is None:
             return self.language_model.logits(self.language_model(embeds))
         targets = labels.roll(-1, dims=1)  # what comes next
@@ -141,14 +142,14 @@ class Llava(nn.Module):
         embeds = self.splice(tokens, pictures if images is None else self.see(images))
         cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
         last = torch.arange(B, device=self.device) * T + lengths - 1
-        hidden = self.language_model(embeds, slots=cache.first(T), wanted=last)  # (B, D)
+        hidden = self.language_model(embeds, slots=cache.first(T), wanted=last)[:, None]  # (B, 1, D)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):
             if step > 0:
                 positions = (lengths + step - 1)[:, None]  # a padding token's slot is overwritten before it is seen
                 embeds = self.language_model.embed(token[:, None])  # (B, 1, D)
-                hidden = self.language_model(embeds, positions, cache.first(T + step))[:, 0]
-            token = choose(self.language_model.logits(hidden).float(), temperature, top_p)
+                hidden = self.language_model(embeds, positions, cache.first(T + step))
+            token = choose(self.language_model.logits(hidden)[:, 0].float(), temperature, top_p)
             if eos_id is not None:
                 token = token.masked_fill(ended, eos_id)
                 ended |= token == eos_id

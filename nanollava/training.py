@@ -67,7 +67,7 @@ def learner(model: torch.nn.Module, device: str) -> Callable:
 
     def learn(batch) -> torch.Tensor:
         counts = sum(count_learned(labels) for _, labels, _ in batch)
-        count = parallel.total(torch.full((), float(counts), device=device))
+        count = parallel.total(torch.full((), float(counts), device=device))  # filled there: a copy would be waited for
         total = torch.zeros((), device=device)
         for loss, learned in losses(model, batch):
             loss = loss * (learned / count)
@@ -103,6 +103,7 @@ class Log:
             self.lines = open(path, "a", buffering=1)
         self.progress = Progress(label, steps, "steps", start)
         self.begin = self.last = time.monotonic()
+        self.waited = 0.0
 
     def rewrite(self, path: Path, rows: list[dict]) -> None:
         """Without what a stopped run did after its last checkpoint."""
@@ -117,22 +118,20 @@ class Log:
         if self.lines:
             self.lines.close()
 
-    def row(self, step: int, lr: float, tokens: int, waited: float) -> dict:
-        """What is known of a step once its work is under way; what comes of it, `tell` is told later."""
-        now = time.monotonic()
-        rate, seconds = round(tokens / (now - self.last)), round(self.before + now - self.begin, 3)
-        self.last = now
-        return {"step": step, "loss": None, "lr": lr, "tokens_per_second": rate, "seconds": seconds,
-                "waited": round(waited, 4)}
+    def got_batch(self) -> None:
+        """From the end of the last step until now it was waited for pictures and tokens."""
+        self.waited = time.monotonic() - self.last
 
-    def tell(self, row: dict, loss: float, held_out: float | None) -> None:
-        row["loss"] = loss
+    def tell(self, step: int, loss: float, lr: float, tokens: int, held_out: float | None) -> None:
+        now = time.monotonic()
+        row = {"step": step, "loss": loss, "lr": lr, "tokens_per_second": round(tokens / (now - self.last)),
+               "seconds": round(self.before + now - self.begin, 3), "waited": round(self.waited, 4)}
         if held_out is not None:
             row["held_out_loss"], self.best = held_out, min(self.best, held_out)
         if self.lines:
             self.lines.write(json.dumps(row) + "\n")
-        self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
-        self.progress.update(row["step"] + 1, f"loss {self.average:.3f}")
+        self.last, self.average = now, loss if self.average is None else 0.95 * self.average + 0.05 * loss
+        self.progress.update(step + 1, f"loss {self.average:.3f}")
 
     def sync(self) -> None:
         """What was told is on the disk before the checkpoint that follows it."""
@@ -178,49 +177,38 @@ def fit(
     """Take an optimizer step for each of the batches, from step `start` on.
 
     learn(batch) puts the gradients into the parameters and returns the loss. `log` gets one JSON object a step:
-    step, loss, lr, tokens per second, seconds since the first step, and those that it waited for its batch. After
-    `every` steps, if not 0, and after the last, the `checkpoints` are saved, and validate(lowest held-out loss so far)
-    returns a loss to be logged. With checkpoints, Ctrl-C and SIGTERM save and end the program.
-    Raises InputError, with rows_of(step), if loss or gradient is not a number any more; no checkpoint has that step.
-
-    What came of a step is asked for when the next one is under way, so that a GPU always has work.
+    step, loss, lr, tokens per second, seconds since the first step, and those of this step that went by waiting for
+    its batch. After `every` steps, if not 0, and after the last, the `checkpoints` are saved, and validate(lowest
+    held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and SIGTERM save and end the program.
+    Raises InputError, with rows_of(step), if loss or gradient is not a number any more; that step is not taken.
     """
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-    def look(row: dict, outcome: torch.Tensor, validate: Callable | None = None) -> bool:
-        """Tell what came of a step, for which the device is waited for. Was any process asked to stop?"""
-        loss, norm, stop = outcome.tolist()
-        if not math.isfinite(loss + norm):
-            raise InputError(f"{label}: at step {row['step']} the loss is {loss}, the length of the gradient {norm}; "
-                             f"begin anew in another --out, with a lower --lr{rows_of(row['step'])}")
-        told.tell(row, loss, validate(told.best) if validate else None)
-        return bool(stop)
-
     with Log(label, log, start, steps) as told, asked_to_stop() if checkpoints else contextlib.nullcontext() as asked:
-        before = None  # the last step, until it is looked at
         for step, batch in zip(range(start, steps), batches):
-            waited = time.monotonic() - told.last
+            told.got_batch()
             for optimizer, peak in zip(optimizers, peaks):
-                optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, peak)
+                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
             loss = learn(batch)
             norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             stop = parallel.total(torch.full((), float(bool(asked)), device=loss.device))  # whichever process was asked
+            # the one place where a GPU is waited for; while it takes the optimizer's step, the next batch comes
+            loss, norm, stop = torch.stack([loss, norm, stop]).tolist()
+            if not math.isfinite(loss + norm):
+                raise InputError(f"{label}: at step {step} the loss is {loss}, the length of the gradient {norm}; "
+                                 f"begin anew in another --out, with a lower --lr{rows_of(step)}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            stopped = look(*before) if before else False
-            before = told.row(step, lr, tokens_of(batch), waited), torch.stack([loss, norm, stop])
             due = step + 1 == steps or every and (step + 1) % every == 0
-            if due or stopped:
-                look(*before, validate if due else None)
-                before = None
-                if checkpoints:
-                    told.sync()
-                    checkpoints.save(step + 1)
+            held_out = validate(told.best) if validate and due else None
+            told.tell(step, loss, learning_rate(step, steps, peaks[-1]), tokens_of(batch), held_out)
+            if checkpoints and (due or stop):
+                told.sync()
+                checkpoints.save(step + 1)
                 told.last = time.monotonic()  # not a part of the next step
-            if stopped:
+            if stop:
                 asked[:] = asked or [signal.SIGTERM]
                 say(f"stopped after {step + 1} of {steps} steps, and saved; --resume goes on from there")
                 raise SystemExit(128 + asked[0])

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nanollava import layers
-from nanollava.layers import LayerNorm, Linear, PatchEmbedding, RMSNorm, few_rows
+from nanollava.layers import LayerNorm, Linear, PatchEmbedding, RMSNorm, next_tokens
 
 
 @pytest.mark.parametrize("layer, shape", [
@@ -22,26 +22,52 @@ def test_a_layer_computes_in_the_dtype_of_its_input(layer, shape):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_big_weight_is_converted_piece_by_piece(monkeypatch, bias):
-    layer, x = Linear(8, 50, bias=bias).bfloat16(), torch.randn(3, 4, 8)
+@pytest.mark.parametrize("shape", [(3, 4, 8), (3, 1, 8)])
+def test_a_big_weight_is_converted_piece_by_piece(monkeypatch, shape, bias):
+    layer, x = Linear(8, 100, bias=bias).bfloat16(), torch.randn(shape)
     whole = layer(x)
-    monkeypatch.setattr(layers, "PIECE", 64)
+    monkeypatch.setattr(layers, "PIECE", 8 * 40)
+    monkeypatch.setattr(layers, "MANY", 8 * 100)
+    pieces = []
+    monkeypatch.setattr(layers, "next_tokens" if shape[1] == 1 else "F", Listening(pieces))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole)
+    assert pieces == [32, 32, 32, 4]  # whole slices, but for what is left
+    monkeypatch.undo()
     layer(x).sum().backward()
-    assert layer.weight.grad.shape == (50, 8)
+    assert layer.weight.grad.shape == (100, 8)
 
 
-@pytest.mark.parametrize("shape, out", [((1, 1, 8), 48), ((1, 8), 50), ((3, 2, 8), 32), ((4, 8), 33)])
-def test_few_rows_are_multiplied_in_slices_of_the_weight(monkeypatch, shape, out):
-    x, weight = torch.randn(shape), torch.randn(out, 8)
-    bias = torch.randn(out)
-    torch.testing.assert_close(few_rows(x, weight), F.linear(x, weight))
-    torch.testing.assert_close(few_rows(x, weight, bias), F.linear(x, weight, bias))
-    monkeypatch.setattr(layers, "MANY", 8 * out)
-    monkeypatch.setattr(layers, "few_rows", lambda x, weight, bias: "in slices")
+class Listening:
+    """Multiplies, and writes down the rows of the weights."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __call__(self, x, weight, bias=None):
+        self.rows.append(len(weight))
+        return F.linear(x, weight, bias)
+
+    linear = __call__
+
+
+@pytest.mark.parametrize("batch, out, slices", [(1, 48, 16), (3, 32, 16), (2, 50, 2), (4, 33, 1)])
+def test_next_tokens_are_multiplied_by_slices_of_the_weight(monkeypatch, batch, out, slices):
+    x, weight, bias = torch.randn(batch, 1, 8), torch.randn(out, 8), torch.randn(out)
+    seen, product = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda one, other: seen.append(one.shape) or product(one, other))
+    for b in (None, bias):
+        torch.testing.assert_close(next_tokens(x, weight, b), F.linear(x, weight, b))
+    assert seen == [(slices, out // slices, 8)] * 2
+
+
+def test_only_next_tokens_without_gradients_and_big_weights_are(monkeypatch):
+    weight = torch.randn(8, 4)
+    monkeypatch.setattr(layers, "MANY", 32)
+    monkeypatch.setattr(layers, "next_tokens", lambda x, weight, bias: "in slices")
     with torch.no_grad():
-        assert layers.linear(x, weight) == "in slices"
-        assert torch.is_tensor(layers.linear(x, weight[1:]))  # a small weight
-        assert torch.is_tensor(layers.linear(torch.randn(layers.FEW + 1, 8), weight))
-    assert torch.is_tensor(layers.linear(x, weight))  # gradients may be wanted
+        assert layers.linear(torch.randn(2, 1, 4), weight) == "in slices"
+        for x, other in ((torch.randn(2, 1, 4), weight[1:]), (torch.randn(2, 2, 4), weight), (torch.randn(1, 4), weight),
+                         (torch.randn(2, 1, 4).bfloat16(), weight.bfloat16())):
+            assert torch.is_tensor(layers.linear(x, other))
+    assert torch.is_tensor(layers.linear(torch.randn(2, 1, 4), weight))
