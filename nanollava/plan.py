@@ -73,7 +73,8 @@ def operations(model: Llava, rows: int, tokens: int, learned: int) -> float:
     vision_block = count(model.vision_tower.encoder.layers[0])
     deep = vision.num_hidden_layers + 1 + model.config.feature_layer
     see = deep * (2 * (P + 1) * vision_block + 4 * (P + 1) ** 2 * vision.hidden_size)
-    linear = len(blocks) * 2 * tokens * count(blocks[0])
+    read = count(blocks[-1].mlp) + count(blocks[-1].self_attn.o_proj)  # in the last block for what is learned alone
+    linear = 2 * tokens * (count(blocks) - read) + 2 * learned * read
     attention = len(blocks) * 2 * tokens**2 * text.num_attention_heads * text.head_dim  # each sees those before it
     head = 2 * learned * D * V
     # backward is one more such product for what goes in, and another for the weights where they learn

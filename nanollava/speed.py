@@ -75,10 +75,12 @@ def seconds(run, device: str, repeat: int = 5) -> float:
 
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """Operations a second in the product of two big matrices."""
-    size = 2048 if device == "cpu" else 8192
-    x = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / seconds(lambda: x @ x, device)
+    """Operations a second in the product of two big matrices, of the size at which it is fastest."""
+    rates = []
+    for size in (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192):
+        x = torch.randn(size, size, device=device).to(dtype)
+        rates.append(2 * size**3 / seconds(lambda: x @ x, device, 20))
+    return max(rates)
 
 
 def bandwidth(device: str) -> float:

@@ -50,7 +50,7 @@ def size(tensors) -> int:
 
 @pytest.mark.parametrize("stage, checkpointing, lora_rank",
                          [(1, False, None), (1, True, None), (2, False, None), (2, True, None), (2, True, 8)])
-def test_the_plan_is_within_15_percent_of_what_a_step_takes(stage, checkpointing, lora_rank):
+def test_the_plan_is_within_15_percent_of_the_bytes_of_a_step_and_5_of_its_operations(stage, checkpointing, lora_rank):
     model, optimizers, step = trained(stage, checkpointing, lora_rank)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
@@ -65,7 +65,7 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(stage, checkpointing
     assert planned["weights"] == measured["weights"]
     for part in ("optimizer", "gradients and activations"):
         assert planned[part] == pytest.approx(measured[part], rel=0.15)
-    assert operations(model, ROWS, TOKENS, LEARNED) == pytest.approx(flops.get_total_flops(), rel=0.15)
+    assert operations(model, ROWS, TOKENS, LEARNED) == pytest.approx(flops.get_total_flops(), rel=0.05)
 
 
 def test_the_papers_sizes():
