@@ -228,6 +228,7 @@ def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
 def growth(generate, device: str, repeat: int) -> float:
     """How many times as long a late token takes as one of the first: 1 is as it should be."""
     say("measuring: growth")
+    generate(2)  # the first time is always slower
     first, some, many = (seconds(partial(generate, new), device, repeat) for new in (1, 1 + NEW, 1 + 4 * NEW))
     return (many - some) / (3 * NEW) / ((some - first) / NEW)
 
@@ -258,16 +259,17 @@ def main() -> None:
     arguments = parse_arguments()
     device = best_device(arguments.device)
     dtype = best_dtype(device, arguments.dtype)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         torch.manual_seed(0)
         Llava(CONFIG).save_pretrained(folder)
         sides = {"nanollava": partial(ours, compiled=arguments.compile)}
         if importlib.util.find_spec("transformers"):
             sides["transformers"] = theirs
         least = limits(dtype, device)
-        found = compare(sides, Path(folder), dtype, device, arguments.repeat)
+        found = compare(sides, folder, dtype, device, arguments.repeat)
         longer = growth(sides["nanollava"](folder, dtype, device, None), device, arguments.repeat)
-        opened = photographs(Path(folder))
+        opened = photographs(folder)
     print(show(found, least))
     print(f"a token after the first {NEW} takes {longer:.2f} times as long as one of those")
     for size, rate in opened.items():
