@@ -221,7 +221,8 @@ def evaluate_bench(arguments) -> None:
     write_json(arguments.out, result, indent=2)
     print(table({"relative": {name: scores["relative"] for name, scores in result["scores"].items()}}))
     if result["without_grade"]:
-        say(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again to ask again")
+        say(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again "
+            f"to ask what was not rejected {gpt.TRIES} times")
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def test_each_row_ends_at_its_own_eos(model):
     assert together[1].tolist() == said[1]
 
 
-def test_compiled_models_say_and_learn_the_same_in_few_whole_graphs(model, monkeypatch):
+def test_a_compiled_model_says_and_learns_the_same_and_no_length_has_a_graph_of_its_own(model, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
@@ -98,9 +98,9 @@ def test_compiled_models_say_and_learn_the_same_in_few_whole_graphs(model, monke
     model.config.text.num_hidden_layers = 3  # one in the middle, too
     images = torch.randn(2, 3, 32, 32)
 
-    def work(model):
+    def work(*texts):
         found = []
-        for text in ([5, 6], [5, 6, 7, 8], range(5, 25)):
+        for text in texts:
             for rows in (1, 2):
                 tokens = prompt(model, 1, "image", *text).expand(rows, -1)
                 labels = tokens.where(tokens < 32, IGNORE)
@@ -112,14 +112,15 @@ def test_compiled_models_say_and_learn_the_same_in_few_whole_graphs(model, monke
                 found += list(model.generate(tokens, images[:rows], max_new_tokens=5))
         return found
 
-    for one in (Llava(model.config), Llava(model.config)):  # as many as there are in one process
-        before, names = work(one), list(one.state_dict())
-        graphs.clear()
-        one.compile_blocks()
-        for plain, compiled in zip(before, work(one), strict=True):
-            torch.testing.assert_close(plain, compiled)
-        assert list(one.state_dict()) == names
-        assert len(graphs) <= 24  # 18 kinds of work with blocks at the end or not: a length has no graph of its own
+    model, texts = Llava(model.config), ([5, 6], [5, 6, 7, 8], range(5, 25))
+    before, names = work(*texts), list(model.state_dict())
+    model.compile_blocks()
+    work(texts[0])
+    enough = len(graphs)
+    for plain, compiled in zip(before, work(*texts), strict=True):
+        torch.testing.assert_close(plain, compiled)
+    assert list(model.state_dict()) == names
+    assert len(graphs) == enough > 0
 
 
 def test_a_step_costs_a_head_for_each_token_that_is_learned_and_no_more(model):
