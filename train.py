@@ -58,8 +58,10 @@ def parse_arguments():
     add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
     add("--seed", type=seed, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--keep-activations", action="store_true",
+        help="compute no block a second time in the backward pass: faster, takes more memory (see --plan)")
     add("--compile", action="store_true", help="let torch.compile make the blocks faster; that takes minutes at first")
     add = parser.add_argument_group("where").add_argument
     add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
@@ -77,7 +79,7 @@ import torch
 
 from nanollava import checkpoint, parallel
 from nanollava.data import Conversations, batch_order, every_row, load_batches
-from nanollava.device import best_device, best_dtype
+from nanollava.device import arithmetic, best_device, best_dtype
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
 from nanollava.pretrain import parts_table, train_parts
@@ -124,7 +126,7 @@ def print_plan(arguments) -> None:
         epochs, batch_size, *_ = settings_of(stage, arguments, arguments.gpus)
         print(f"stage {stage} of --preset {arguments.preset}")
         print(plan(SIZES[arguments.preset], stage, arguments.gpus, batch_size, epochs, arguments.micro_batch,
-                   arguments.lora_rank, arguments.max_length))
+                   arguments.lora_rank, arguments.max_length, not arguments.keep_activations))
 
 
 def train_toy(run: Path, arguments, device: str) -> None:
@@ -178,8 +180,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     order = batch_order(dataset.lengths, batch_size, steps, arguments.seed)
 
     freeze(model, stage, arguments.lora_rank)
-    model.language_model.checkpointing = arguments.preset != "toy"
-    parallel.place(model.compute_in(dtype), model.language_model.model.layers, dtype, device)
+    model.language_model.checkpointing = arguments.preset != "toy" and not arguments.keep_activations
+    parallel.place(model.compute_in(arithmetic(dtype, device)), model.language_model.model.layers, dtype, device)
     if arguments.compile:
         model.compile_blocks()
 

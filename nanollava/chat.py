@@ -11,6 +11,7 @@ import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
 from .data import collate
+from .device import arithmetic
 from .files import InputError, read_lines, say
 from .image import open_image, preprocess
 from .llava import Llava
@@ -19,12 +20,12 @@ from .tokenizer import Tokenizer
 
 
 def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, Tokenizer]:
-    """A LLaVA that computes in `dtype`, and its tokenizer.
+    """A LLaVA with weights of `dtype`, and its tokenizer.
 
-    Its weights are turned into `dtype`, too, unless they would fill more than half of this machine's memory: then
-    they stay in the file, mapped into memory, and each is converted when its turn comes.
+    Where the weights would fill more than half of this machine's memory they stay in the file, mapped into memory, and
+    each is converted when its turn comes.
     """
-    model, tokenizer = Llava.from_pretrained(folder, None).compute_in(dtype), Tokenizer(folder)
+    model, tokenizer = Llava.from_pretrained(folder, None).compute_in(arithmetic(dtype, device)), Tokenizer(folder)
     size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device == "cpu" and size > memory / 2:

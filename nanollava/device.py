@@ -16,12 +16,21 @@ def best_device(wanted: str | None = None) -> str:
     return wanted
 
 
+def fast_in_bfloat16(device: str) -> bool:
+    """Is bfloat16 faster than float32? On GPUs that multiply it, and on processors with AMX; AVX-512's own bfloat16 has
+    half the rate of float32 (on a Xeon; 167 GFLOP/s and 328), and without it a tenth."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.startswith("cpu") and torch.cpu._is_amx_tile_supported()
+
+
 def best_dtype(device: str, wanted: str | None = None) -> torch.dtype:
-    """The dtype that was asked for, or bfloat16 where it is faster than float32: on GPUs that multiply it, and on
-    processors with AMX. AVX-512's own bfloat16 has half the rate of float32 (on a Xeon; 167 GFLOP/s and 328)."""
+    """The dtype that was asked for, or the fastest: of weights that do not learn, and of the result."""
     if wanted:
         return getattr(torch, wanted)
-    fast = torch.cpu._is_amx_tile_supported()
-    if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast and not device.startswith("mps") else torch.float32
+    return torch.bfloat16 if fast_in_bfloat16(device) else torch.float32
+
+
+def arithmetic(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What to compute in with weights of `dtype`: float32, too, on a processor where bfloat16 would be slow."""
+    return torch.float32 if device.startswith("cpu") and not fast_in_bfloat16(device) else dtype

@@ -1,6 +1,6 @@
 """Layers that compute in the dtype of their input, whatever dtype their weights are kept in.
 
-So what learns is kept in float32 while the arithmetic is bfloat16; and a processor without bfloat16 computes in
+So what learns is kept in float32 while the arithmetic is bfloat16; and a processor that is slow in bfloat16 computes in
 float32 with weights that fit its memory in bfloat16 only. Where the two are the same, nothing is converted.
 """
 
@@ -9,19 +9,23 @@ from math import gcd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 PIECE = 2**20  # weights that are converted at once, where they are not wanted again: they stay in the cache
-MANY, SLICES = 2**18, 16  # weights that are worth being shared among the cores, and in how many slices
+MANY, SLICES = 2**18, 16  # weights that are worth the trouble, and the slices that the cores share
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., in) times weight (out, in), in the dtype of x. On a processor, unless gradients want it back, a big weight
-    is converted piece by piece, so that it is never in memory twice, and next tokens (B, 1, in) have every core read."""
+    is converted piece by piece, so that it is never in memory twice, and next tokens (B, 1, in) have every core read.
+    Of a bfloat16 weight and one token it is the token that is rounded: then to read the weight is all the work."""
     bias = None if bias is None else bias.to(x.dtype)
-    if torch.is_grad_enabled() or not x.is_cpu:
+    if torch.is_grad_enabled() or not x.is_cpu or weight.numel() < MANY:
         return F.linear(x, weight.to(x.dtype), bias)
-    shared = x.dtype == torch.float32 and x.ndim == 3 and x.shape[1] == 1 and weight.numel() >= MANY
-    product = next_tokens if shared else F.linear
+    if weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1]:
+        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return y if bias is None else y + bias
+    product = next_tokens if x.dtype == torch.float32 and x.ndim == 3 and x.shape[1] == 1 else F.linear
     if weight.dtype == x.dtype:
         return product(x, weight, bias)
     rows = max(SLICES, PIECE // weight.shape[1] // SLICES * SLICES)
@@ -36,6 +40,14 @@ def next_tokens(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     y = torch.bmm(weight.view(S, -1, D), x[:, 0].T.expand(S, -1, -1))  # (S, out / S, in) times (S, in, B)
     y = y.view(out, -1).T.contiguous()[:, None]  # (B, 1, out)
     return y if bias is None else y + bias
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), of which in training only the inputs are kept: all else that its gradients want is computed
+    again, as far as it is wanted."""
+    if torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+    return function(*inputs)
 
 
 class Linear(nn.Linear):
@@ -57,7 +69,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight.to(x.dtype) * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def normal(tensor: torch.Tensor, std: float = 1.0) -> torch.Tensor:

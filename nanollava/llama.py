@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .layers import Embedding, Linear, RMSNorm, linear
+from .layers import Embedding, Linear, RMSNorm, linear, recomputed
 
 
 @dataclass
@@ -99,7 +98,8 @@ def pick(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
 
 
 class MLP(nn.Module):
-    """SwiGLU: a gate decides how much of each hidden feature passes."""
+    """SwiGLU: a gate decides how much of each hidden feature passes. For the gradients gate and feature are kept; what
+    came of them, as large, is cheap to make again."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -109,7 +109,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(H, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return recomputed(self.narrow, self.gate_proj(x), self.up_proj(x))
+
+    def narrow(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -174,8 +177,5 @@ class Llama(nn.Module):
         for number, block in enumerate(self.model.layers, 1):
             last = number == len(self.model.layers)
             where = (positions, angles, mask, slots[number - 1] if slots else None, wanted if last else None)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *where, use_reentrant=False)
-            else:
-                x = block(x, *where)
+            x = recomputed(block, x, *where) if self.checkpointing else block(x, *where)
         return self.model.norm(x)

@@ -46,12 +46,11 @@ def memory(model: Llava, rows: int, tokens: int, learned: int, gpus: int = 1, dt
     elif size < 4:
         copies = size * count(block if llama.checkpointing else llama, learning=True)
 
-    # What a block keeps of a token for its backward pass: what goes into attention, SwiGLU, the norms (which
-    # compute in float32), and, where their weights learn, what goes into norms and linear layers.
-    kept = size * (heads + 3 * H + 2 * D) + (8 * D if size < 4 else 0)
-    kept += size * (5 * D + H) if block_learns else 0
+    # What a block keeps of a token for its backward pass: what goes into attention, SwiGLU and the norms, and, where
+    # their weights learn, what comes out of the norms.
+    kept = size * (heads + 2 * H + 2 * D + (2 * D if block_learns else 0))
     one, logits = rows * tokens * kept, rows * learned * text.vocab_size * (size + 12)
-    work = one + rows * tokens * size * (2 * H + D)  # a block, and the gradients that pass through its MLP
+    work = one + rows * tokens * size * (4 * H + D)  # a block, its SwiGLU made again, and the gradients that pass it
     gradients = 4 * learning / gpus
     if llama.checkpointing:
         begin = layers * rows * tokens * D * size + max(logits, work)
@@ -87,12 +86,13 @@ def operations(model: Llava, rows: int, tokens: int, learned: int) -> float:
 
 
 def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: float, micro_batch: int | None = None,
-         lora_rank: int | None = None, max_length: int = 2048, utilisation: float = 0.4) -> str:
+         lora_rank: int | None = None, max_length: int = 2048, checkpointing: bool = True,
+         utilisation: float = 0.4) -> str:
     """What a stage needs with the paper's data, as text."""
     with torch.device("meta"):
         model = Llava(config)
         freeze(model, stage, lora_rank)
-    model.language_model.checkpointing = True
+    model.language_model.checkpointing = checkpointing
     text, learned = TEXT[stage]
     pictures = config.tokens_per_image
     share = batch_size // gpus

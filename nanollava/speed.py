@@ -7,8 +7,8 @@
 A LLaVA of random weights, between the toy's size and the real one's: a ViT-B, a LLaMA of 12 blocks of 768, steps of
 4 rows of 324 tokens. Both sides open the same folder and get the same tokens, pictures and labels, in turns in one
 process, so that whatever else the machine does slows both; the quickest of several turns counts. On both sides what
-learns is float32 and what is frozen has the dtype of the arithmetic; where that is bfloat16 transformers runs under
-autocast.
+learns is float32 and what is frozen has the dtype that is asked for; where that is bfloat16 transformers runs under
+autocast, and ours, too, computes in it, but for a processor where float32 is faster (`device.arithmetic`).
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from .files import InputError, Parser, one_line_errors, positive, say
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.speed")
     add = parser.add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--repeat", type=positive(int), default=5, help="times that each thing is measured (default: %(default)s)")
     add("--compile", action="store_true", help="our blocks go through torch.compile, which takes minutes first")
@@ -43,7 +43,7 @@ from PIL import Image
 
 from . import parallel
 from .conversation import IGNORE
-from .device import best_device, best_dtype
+from .device import arithmetic, best_device, best_dtype
 from .image import open_image, preprocess
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
@@ -108,14 +108,14 @@ def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None, compi
     """A training step of a stage, or without one what generates n tokens."""
     if stage is None:
         tokens, _, images = batch(device)
-        model = Llava.from_pretrained(folder, dtype, device)
+        model = Llava.from_pretrained(folder, dtype, device).compute_in(arithmetic(dtype, device))
         if compiled:
             model.compile_blocks()
         return lambda new: list(model.generate(tokens[:1], images[:1], max_new_tokens=new))
     tokens, labels, images = batch("cpu")
     model = Llava.from_pretrained(folder, torch.float32)
     freeze(model, stage)
-    parallel.place(model.compute_in(dtype), model.language_model.model.layers, dtype, device)
+    parallel.place(model.compute_in(arithmetic(dtype, device)), model.language_model.model.layers, dtype, device)
     if compiled:
         model.compile_blocks()
     optimizer, = adamw(model, 1e-4)
@@ -210,8 +210,9 @@ def compare(sides: dict, folder: Path, dtype: torch.dtype, device: str, repeat: 
 
 def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     """The fewest seconds that this machine could take for each, by its matrix products or its memory."""
-    rate, speed = matrix_rate(dtype, device), bandwidth(device)
-    say(f"this machine: {rate / 1e9:,.0f} GFLOP/s in products of {str(dtype)[6:]}, reads {speed / 1e9:,.1f} GB/s")
+    computed = arithmetic(dtype, device)
+    rate, speed = matrix_rate(computed, device), bandwidth(device)
+    say(f"this machine: {rate / 1e9:,.0f} GFLOP/s in products of {str(computed)[6:]}, reads {speed / 1e9:,.1f} GB/s")
     with torch.device("meta"):
         model = Llava(CONFIG)
     least = {}
@@ -221,7 +222,8 @@ def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     D, V = CONFIG.text.hidden_size, CONFIG.text.vocab_size
     model.requires_grad_(False)
     cached = 2 * CONFIG.text.num_hidden_layers * (TOKENS + NEW / 2) * D
-    least["next token"] = dtype.itemsize * (count(model.language_model) - V * D + cached) / speed
+    weights = count(model.language_model) - V * D  # but for the embeddings
+    least["next token"] = (dtype.itemsize * weights + computed.itemsize * cached) / speed
     return least
 
 

@@ -180,7 +180,7 @@ def contrast(clip: Clip, seen: torch.Tensor, scenes: list[tuple[toy.Thing, ...]]
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right.T / right.sum(dim=0)[:, None])) / 2
 
 
-def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=500, batch_size=128) -> None:
+def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=400, batch_size=128) -> None:
     """Train the toy CLIP by the two contrasts on fresh scenes, and save it in bfloat16."""
     torch.manual_seed(seed)
     clip = Clip(tokenizer).to(device)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from nanollava import Llava, checkpoint
 from nanollava.files import one_line_errors, read_json
+from nanollava.llama import Block, Llama
 
 
 @pytest.fixture
@@ -84,11 +85,28 @@ def test_the_same_seed_trains_the_same_weights(command, parts, world, tmp_path):
     assert a.equal(b) and not a.equal(c)
 
 
-def test_bfloat16_is_the_dtype_of_the_arithmetic_and_of_the_result(command, parts, world, tmp_path):
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_the_dtype_of_the_result_and_of_the_arithmetic_where_it_is_fast(command, parts, world, tmp_path,
+                                                                                    monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    seen, logits = set(), Llama.logits
+    monkeypatch.setattr(Llama, "logits", lambda llama, hidden: seen.add(hidden.dtype) or logits(llama, hidden))
     code, *_ = command("train", "--stage", 2, *parts, "--data", world, "--out", tmp_path / "run",
                        "--dtype", "bfloat16", "--epochs", 0.3)
     assert code == 0
+    assert seen == {torch.bfloat16 if fast else torch.float32}
     assert {tensor.dtype for tensor in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("preset, flags, twice", [("7b", [], True), ("7b", ["--keep-activations"], False),
+                                                  ("toy", [], False)])
+def test_blocks_are_computed_twice_but_for_the_toy_or_on_request(command, parts, world, tmp_path, monkeypatch, preset,
+                                                                 flags, twice):
+    runs, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, *inputs: runs.append(1) or forward(block, *inputs))
+    command("train", "--preset", preset, "--stage", 1, *parts, "--data", world, "--out", tmp_path / "run",
+            "--batch-size", len(read_json(world / "pretrain.json")), "--epochs", 1, *flags)
+    assert len(runs) == (4 if twice else 2)  # one step of two blocks
 
 
 def test_projector_layer_and_template_are_kept_and_plain_is_for_captions_alone(command, parts, world, tmp_path):

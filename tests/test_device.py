@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from nanollava.device import best_device
+from nanollava.device import arithmetic, best_device, best_dtype
 from nanollava.files import InputError
 
 
@@ -10,3 +11,14 @@ def test_a_device_that_is_not_there_is_told():
         best_device("cpu:1")
     with pytest.raises(InputError, match="--device tpu is not there"):
         best_device("tpu")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_for_where_it_is_fast_and_on_a_processor_computed_only_there(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    half, whole = torch.bfloat16, torch.float32
+    assert best_dtype("cpu") == best_dtype("cuda:1") == (half if fast else whole)
+    assert best_dtype("mps") == whole and best_dtype("cpu", "bfloat16") == best_dtype("cuda", "bfloat16") == half
+    assert arithmetic(half, "cpu") == arithmetic(half, "cpu:0") == (half if fast else whole)
+    assert arithmetic(half, "cuda") == arithmetic(half, "mps") == half and arithmetic(whole, "cpu") == whole

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nanollava import layers
-from nanollava.layers import LayerNorm, Linear, PatchEmbedding, RMSNorm, next_tokens
+from nanollava.layers import LayerNorm, Linear, PatchEmbedding, RMSNorm, next_tokens, recomputed
 
 
 @pytest.mark.parametrize("layer, shape", [
@@ -36,6 +36,19 @@ def test_a_big_weight_is_converted_piece_by_piece(monkeypatch, shape, bias):
     monkeypatch.undo()
     layer(x).sum().backward()
     assert layer.weight.grad.shape == (100, 8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_token_is_rounded_to_meet_a_bfloat16_weight(monkeypatch, bias):
+    layer, x = Linear(8, 100, bias=bias).bfloat16(), torch.randn(1, 1, 8)
+    monkeypatch.setattr(layers, "MANY", 8 * 100)
+    with torch.no_grad():
+        y = layer(x)
+        assert y.dtype == torch.float32
+        product = (y - layer.bias.float()) if bias else y
+        torch.testing.assert_close(product, F.linear(x.bfloat16(), layer.weight).float(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(y, layer.float()(x), atol=0.02, rtol=0.02)
+        assert layer(x).dtype == torch.float32 and not y.equal(layer(x))
 
 
 class Listening:
@@ -71,3 +84,20 @@ def test_only_next_tokens_without_gradients_and_big_weights_are(monkeypatch):
                          (torch.randn(2, 1, 4).bfloat16(), weight.bfloat16())):
             assert torch.is_tensor(layers.linear(x, other))
     assert torch.is_tensor(layers.linear(torch.randn(2, 1, 4), weight))
+
+
+def test_what_is_recomputed_keeps_its_inputs_alone_and_has_the_same_gradients():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    times = []
+
+    def work(x):
+        times.append(1)
+        return (x.exp().sin() @ weight).tanh()
+
+    wanted = torch.autograd.grad(work(x).sum(), (x, weight))
+    times.clear()
+    for one, other in zip(torch.autograd.grad(recomputed(work, x).sum(), (x, weight)), wanted):
+        assert one.equal(other)
+    assert len(times) == 2
+    with torch.no_grad():
+        assert recomputed(work, x).equal(work(x)) and len(times) == 4

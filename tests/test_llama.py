@@ -1,6 +1,7 @@
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanollava.llama import KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+from nanollava.llama import MLP, KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
 
 TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2)
@@ -34,6 +35,19 @@ def test_rotary_angles_stay_exact_when_the_model_is_bfloat16():
 def test_rms_norm_divides_by_the_root_mean_square():
     norm = RMSNorm(4, eps=0.0)
     torch.testing.assert_close(norm(torch.tensor([2.0, -2.0, 2.0, -2.0])), torch.tensor([1.0, -1.0, 1.0, -1.0]))
+
+
+def test_swiglu_keeps_gate_and_feature_and_multiplies_nothing_twice():
+    mlp, x = MLP(TINY), torch.randn(2, 3, 32, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: None):
+        mlp(x)
+    assert sum(tensor.shape == (2, 3, 48) for tensor in kept) == 2
+    with FlopCounterMode(display=False) as forward:
+        y = mlp(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()  # for what goes in, and for the weights
 
 
 def test_shared_keys_and_values_equal_repeated_ones():

@@ -6,7 +6,7 @@ from nanollava.muon import Muon, muon, orthogonal
 def test_orthogonal_keeps_the_directions_and_evens_out_the_strengths():
     u, _, v = torch.linalg.svd(torch.randn(6, 4), full_matrices=False)
     matrix = u @ torch.diag(torch.tensor([10.0, 5.0, 1.0, 0.5])) @ v
-    strengths = torch.diagonal(u.T @ orthogonal(matrix) @ v.T)
+    strengths = torch.diagonal(u.T @ orthogonal(matrix[None])[0] @ v.T)
     assert ((strengths > 0.6) & (strengths < 1.3)).all()
 
 
