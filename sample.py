@@ -24,7 +24,7 @@ def parse_arguments():
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens up to this probability (default: 1)")
     add("--max-new-tokens", type=positive(int), default=512, help="longest reply (default: %(default)s)")
     add("--seed", type=seed, help="the same seed draws the same reply")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--compile", action="store_true", help="let torch.compile make the blocks faster; that takes minutes at first")
     return parser.parse_args()

@@ -58,7 +58,7 @@ def parse_arguments():
     add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
     add("--seed", type=seed, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--keep-activations", action="store_true",
         help="compute no block a second time in the backward pass: faster, takes more memory (see --plan)")

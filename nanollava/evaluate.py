@@ -88,7 +88,7 @@ def add_answers(add, default: str) -> None:
 
 
 def add_device(add) -> None:
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
 
 

@@ -16,9 +16,12 @@ MANY, SLICES = 2**18, 16  # weights that are worth the trouble, and the slices t
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., in) times weight (out, in), in the dtype of x. On a processor, unless gradients want it back, a big weight
-    is converted piece by piece, so that it is never in memory twice, and next tokens (B, 1, in) have every core read.
-    Of a bfloat16 weight and one token it is the token that is rounded: then to read the weight is all the work."""
+    """x (..., in) times weight (out, in), in the dtype of x.
+
+    On a processor, unless gradients want it back, a big weight is converted piece by piece, so that it is never in
+    memory twice, and next tokens (B, 1, in) have every core read. Where a bfloat16 weight meets a single token it is
+    the token that is rounded: to read the weight is all the work then, and it is half as long as in float32.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled() or not x.is_cpu or weight.numel() < MANY:
         return F.linear(x, weight.to(x.dtype), bias)

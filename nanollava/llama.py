@@ -49,7 +49,7 @@ def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.T
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pair (x[i], x[i + head_dim / 2]) of each head by its angle: the layout of the public weights."""
     cos, sin = (part.to(x.dtype) for part in angles)
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # (a cos - b sin, b cos + a sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)  # (a cos - b sin, b cos + a sin)
 
 
 class KVCache:

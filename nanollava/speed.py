@@ -28,7 +28,7 @@ from .files import InputError, Parser, one_line_errors, positive, say
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.speed")
     add = parser.add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--repeat", type=positive(int), default=5, help="times that each thing is measured (default: %(default)s)")
     add("--compile", action="store_true", help="our blocks go through torch.compile, which takes minutes first")

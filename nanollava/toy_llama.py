@@ -126,7 +126,7 @@ def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     return [{**turn, "value": turn["value"].replace(IMAGE, story)} for turn in turns]
 
 
-def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=2000,
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=2400,
                 batch_size=16) -> None:
     """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
     torch.manual_seed(seed)
