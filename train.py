@@ -58,10 +58,11 @@ def parse_arguments():
     add("--micro-batch", type=positive(int), help="conversations that a process takes at once (default: its share)")
     add("--lr", type=positive(float), help="highest learning rate")
     add("--seed", type=seed, default=0, help="of a new toy world, a new projector, the order of the data (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of arithmetic and result (default: bfloat16 where fast)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--keep-activations", action="store_true",
-        help="compute no block a second time in the backward pass: faster, takes more memory (see --plan)")
+        help="compute no block a second time in the backward pass: faster, takes more memory (see --plan); the "
+        "toy does so anyway")
     add("--compile", action="store_true", help="let torch.compile make the blocks faster; that takes minutes at first")
     add = parser.add_argument_group("where").add_argument
     add("--out", type=Path, help="folder to write (default: runs/toy/stage1, say; without --stage: runs/toy)")
@@ -159,6 +160,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     epochs, batch_size, lr, save_every = settings_of(stage, arguments, parallel.world())
     torch.manual_seed(arguments.seed)
     dtype = best_dtype(device, arguments.dtype)
+    computed = arithmetic(dtype, device)
 
     sources = find_data(stage, arguments)
     if start:
@@ -181,7 +183,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
 
     freeze(model, stage, arguments.lora_rank)
     model.language_model.checkpointing = arguments.preset != "toy" and not arguments.keep_activations
-    parallel.place(model.compute_in(arithmetic(dtype, device)), model.language_model.model.layers, dtype, device)
+    parallel.place(model.compute_in(computed), model.language_model.model.layers, computed, device)
     if arguments.compile:
         model.compile_blocks()
 
@@ -217,7 +219,8 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
             checkpoints=checkpoints, every=save_every, validate=validate if held_out else None,
             rows_of=lambda step: ": " + "; ".join(map(dataset.name, order[step])))
     except torch.OutOfMemoryError as error:
-        raise InputError("the GPU's memory is full: take fewer rows at once (--micro-batch), and see --plan") from error
+        raise InputError("the GPU's memory is full: take fewer rows at once (--micro-batch), leave out "
+                         "--keep-activations, and see --plan") from error
     parallel.first(lambda: write_report(out / "report.html", str(out), {f"Stage {stage}": read_log(out / "log.jsonl")}))
     model.save_pretrained(out, [tokenizer.path], dtype)
     checkpoints.clear()

@@ -22,8 +22,8 @@ from .tokenizer import Tokenizer
 def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, Tokenizer]:
     """A LLaVA with weights of `dtype`, and its tokenizer.
 
-    Where the weights would fill more than half of this machine's memory they stay in the file, mapped into memory, and
-    each is converted when its turn comes.
+    Where the weights would fill more than half of this machine's memory they stay in the file, as they are, mapped into
+    memory; `layers` converts each when its turn comes, or rounds to it.
     """
     model, tokenizer = Llava.from_pretrained(folder, None).compute_in(arithmetic(dtype, device)), Tokenizer(folder)
     size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())

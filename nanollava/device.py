@@ -25,7 +25,7 @@ def fast_in_bfloat16(device: str) -> bool:
 
 
 def best_dtype(device: str, wanted: str | None = None) -> torch.dtype:
-    """The dtype that was asked for, or the fastest: of weights that do not learn, and of the result."""
+    """The dtype that was asked for, or the fastest: of weights that are read only, and of what training writes."""
     if wanted:
         return getattr(torch, wanted)
     return torch.bfloat16 if fast_in_bfloat16(device) else torch.float32

@@ -1,7 +1,8 @@
 """Layers that compute in the dtype of their input, whatever dtype their weights are kept in.
 
 So what learns is kept in float32 while the arithmetic is bfloat16; and a processor that is slow in bfloat16 computes in
-float32 with weights that fit its memory in bfloat16 only. Where the two are the same, nothing is converted.
+float32 with weights that fit its memory in bfloat16 only. Where the two are the same, nothing is converted. One case
+computes in less than its input: a single token on a processor, to which a weight in bfloat16 is the bigger part.
 """
 
 from math import gcd
@@ -12,22 +13,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 PIECE = 2**20  # weights that are converted at once, where they are not wanted again: they stay in the cache
-MANY, SLICES = 2**18, 16  # weights that are worth the trouble, and the slices that the cores share
+MANY, SLICES = 2**18, 16  # a weight as big as this is read slice by slice, by all cores
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., in) times weight (out, in), in the dtype of x.
 
     On a processor, unless gradients want it back, a big weight is converted piece by piece, so that it is never in
-    memory twice, and next tokens (B, 1, in) have every core read. Where a bfloat16 weight meets a single token it is
-    the token that is rounded: to read the weight is all the work then, and it is half as long as in float32.
+    memory twice, and next tokens (B, 1, in) have every core read.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled() or not x.is_cpu or weight.numel() < MANY:
         return F.linear(x, weight.to(x.dtype), bias)
-    if weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1]:
-        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-        return y if bias is None else y + bias
     product = next_tokens if x.dtype == torch.float32 and x.ndim == 3 and x.shape[1] == 1 else F.linear
     if weight.dtype == x.dtype:
         return product(x, weight, bias)
@@ -46,15 +43,21 @@ def next_tokens(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def recomputed(function, *inputs):
-    """function(*inputs), of which in training only the inputs are kept: all else that its gradients want is computed
-    again, as far as it is wanted."""
-    if torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+    """function(*inputs). In training only the inputs are kept, and the backward pass runs the function again, up to the
+    last thing that a gradient wants."""
+    if torch.is_grad_enabled():  # and nothing random in there whose state would have to be kept
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
 
 
 class Linear(nn.Linear):
+    """`linear`; but where a single token on a processor meets a big weight in bfloat16, the token is rounded to it, and
+    so is what comes out. To read the weight is all the work then, and torch does that twice as fast unconverted."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        single = x.is_cpu and x.numel() == self.in_features and self.weight.numel() >= MANY
+        if single and self.weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return linear(x.to(torch.bfloat16), self.weight, self.bias).to(x.dtype)
         return linear(x, self.weight, self.bias)
 
 
@@ -64,7 +67,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Divided by the root of the mean square, in float32 (Zhang & Sennrich, 2019)."""
+    """Divided by the root of the mean square (Zhang & Sennrich, 2019); torch computes it in float32 and rounds once."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()

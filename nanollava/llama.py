@@ -109,9 +109,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(H, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return recomputed(self.narrow, self.gate_proj(x), self.up_proj(x))
+        return recomputed(self.down, self.gate_proj(x), self.up_proj(x))
 
-    def narrow(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -23,7 +23,8 @@ class LoRALinear(Linear):
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + SCALE * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        # W comes last: its product is no gradient's business, and so is not computed again (`layers.recomputed`)
+        return SCALE * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) + super().forward(x)
 
 
 def add_lora(llama: nn.Module, rank: int) -> list[nn.Parameter]:

@@ -47,7 +47,7 @@ def memory(model: Llava, rows: int, tokens: int, learned: int, gpus: int = 1, dt
         copies = size * count(block if llama.checkpointing else llama, learning=True)
 
     # What a block keeps of a token for its backward pass: what goes into attention, SwiGLU and the norms, and, where
-    # their weights learn, what comes out of the norms.
+    # their weights learn, what comes out of the norms. (A GPU's norm keeps no more; a processor's keeps D more.)
     kept = size * (heads + 2 * H + 2 * D + (2 * D if block_learns else 0))
     one, logits = rows * tokens * kept, rows * learned * text.vocab_size * (size + 12)
     work = one + rows * tokens * size * (4 * H + D)  # a block, its SwiGLU made again, and the gradients that pass it

@@ -115,7 +115,8 @@ def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None, compi
     tokens, labels, images = batch("cpu")
     model = Llava.from_pretrained(folder, torch.float32)
     freeze(model, stage)
-    parallel.place(model.compute_in(arithmetic(dtype, device)), model.language_model.model.layers, dtype, device)
+    computed = arithmetic(dtype, device)
+    parallel.place(model.compute_in(computed), model.language_model.model.layers, computed, device)
     if compiled:
         model.compile_blocks()
     optimizer, = adamw(model, 1e-4)

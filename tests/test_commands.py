@@ -92,7 +92,7 @@ def test_bfloat16_is_the_dtype_of_the_result_and_of_the_arithmetic_where_it_is_f
     seen, logits = set(), Llama.logits
     monkeypatch.setattr(Llama, "logits", lambda llama, hidden: seen.add(hidden.dtype) or logits(llama, hidden))
     code, *_ = command("train", "--stage", 2, *parts, "--data", world, "--out", tmp_path / "run",
-                       "--dtype", "bfloat16", "--epochs", 0.3)
+                       "--dtype", "bfloat16", "--device", "cpu", "--epochs", 0.3)
     assert code == 0
     assert seen == {torch.bfloat16 if fast else torch.float32}
     assert {tensor.dtype for tensor in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}

@@ -1,6 +1,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanollava import layers
 from nanollava.llama import MLP, KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
 
 TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -42,7 +43,7 @@ def test_swiglu_keeps_gate_and_feature_and_multiplies_nothing_twice():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: None):
         mlp(x)
-    assert sum(tensor.shape == (2, 3, 48) for tensor in kept) == 2
+    assert sum(tensor.numel() == 2 * 3 * 48 for tensor in kept) == 2
     with FlopCounterMode(display=False) as forward:
         y = mlp(x)
     with FlopCounterMode(display=False) as backward:
@@ -74,6 +75,23 @@ def test_the_cache_changes_nothing_for_rows_of_different_lengths():
         at = lengths + step
         now = llama(embeds[torch.arange(2), at][:, None], at[:, None], cache.first(5 + step))
         torch.testing.assert_close(now[:, 0], whole[torch.arange(2), at])
+
+
+def test_a_token_is_rounded_to_bfloat16_weights_but_scores_are_not(monkeypatch):
+    monkeypatch.setattr(layers, "MANY", 1)
+    kept, llama, embeds = Llama(TINY).bfloat16(), Llama(TINY), torch.randn(1, 4, 32)
+    llama.load_state_dict(kept.state_dict())
+    after = []
+    with torch.no_grad():
+        for model in (kept, llama):
+            cache = KVCache(TINY, batch=1, length=4, dtype=torch.float32, device="cpu")
+            prompt = model(embeds[:, :3], slots=cache.first(3))
+            after.append((prompt, model(embeds[:, 3:], torch.tensor([[3]]), cache.first(4))))
+        (prompt, token), (exact_prompt, exact_token) = after
+        torch.testing.assert_close(prompt, exact_prompt)
+        torch.testing.assert_close(token, exact_token, atol=0.05, rtol=0.05)
+        assert (token - exact_token).abs().max() > 1e-4
+        torch.testing.assert_close(kept.logits(token), llama.logits(token))
 
 
 def test_what_is_wanted_is_what_it_would_be_among_all():

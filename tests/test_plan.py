@@ -49,7 +49,8 @@ def size(tensors) -> int:
 
 
 @pytest.mark.parametrize("stage, checkpointing, lora_rank",
-                         [(1, False, None), (1, True, None), (2, False, None), (2, True, None), (2, True, 8)])
+                         [(1, False, None), (1, True, None), (2, False, None), (2, True, None), (2, False, 8),
+                          (2, True, 8)])
 def test_the_plan_is_within_15_percent_of_the_bytes_of_a_step_and_5_of_its_operations(stage, checkpointing, lora_rank):
     model, optimizers, step = trained(stage, checkpointing, lora_rank)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
