@@ -8,7 +8,8 @@ A LLaVA of random weights, between the toy's size and the real one's: a ViT-B, a
 4 rows of 324 tokens. Both sides open the same folder and get the same tokens, pictures and labels, in turns in one
 process, so that whatever else the machine does slows both; the quickest of several turns counts. On both sides what
 learns is float32 and what is frozen has the dtype that is asked for; where that is bfloat16 transformers runs under
-autocast, and ours, too, computes in it, but for a processor where float32 is faster (`device.arithmetic`).
+autocast, and ours, too, computes in it, but on a processor where float32 is faster (`device.arithmetic`): there our
+steps are float32 altogether, and tokens are generated in float32 with weights kept in bfloat16.
 """
 
 import importlib.util
