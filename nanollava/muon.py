@@ -46,7 +46,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # a sum on the way
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # adds while it multiplies
         x = torch.baddbmm(x, factor, x, beta=3.4445)
     return x.mT if tall else x
 
