@@ -12,14 +12,20 @@
 import random
 from pathlib import Path
 
-from nanollava import gpt, scienceqa, teacher
-from nanollava.captions import write_pretrain
-from nanollava.coco import read_coco
+from nanollava.benchmarks import scienceqa
 from nanollava.conversation import INSTRUCTION_KINDS, TEMPLATES, show, tokenize_conversation
-from nanollava.files import InputError, Parser, add_command, one_line_errors, positive, read_json, say, seed, write_json
+from nanollava.infra.cli import Parser, add_command, one_line_errors, positive, seed
+from nanollava.infra.io import InputError, read_json, write_json
+from nanollava.infra.progress import print0
+from nanollava.teacher import prompts
+from nanollava.teacher.api import OPENAI, Chat
+from nanollava.teacher.captions import write_pretrain
+from nanollava.teacher.coco import read_coco
+from nanollava.teacher.jobs import TRIES, Job
+from nanollava.teacher.ledger import Ledger, dollars
 from nanollava.tokenizer import Tokenizer
-from nanollava.toy_data import write_world
-from nanollava.toy_scienceqa import write_problems
+from nanollava.toy.dataset import write_world
+from nanollava.toy.scienceqa import write_problems
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -55,7 +61,7 @@ def parse_arguments():
     add("--instances", type=Path, help="COCO's instances_*.json, for --kind detail and reasoning")
     add("--kind", choices=INSTRUCTION_KINDS, default="conversation", help="what to write (default: %(default)s)")
     add("--out", type=Path, required=True, help="LLaVA JSON to write; FILE.ledger.jsonl beside it keeps every answer")
-    add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
+    add("--base-url", default=OPENAI, help="any server with /chat/completions (default: OpenAI's)")
     add("--model", default="gpt-4", help="(default: %(default)s)")
     add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
     add("--limit", type=positive(int), help="only the first so many pictures")
@@ -141,7 +147,7 @@ def ask_teacher(arguments) -> None:
         raise InputError(f"--kind {kind} is written from captions and boxes: name COCO's boxes with --instances")
     pictures, left_out = read_coco(arguments.captions, arguments.instances)
     for reason, count in left_out.items():
-        say(f"{count} {reason}: left out")
+        print0(f"{count} {reason}: left out")
     if not pictures:
         raise InputError(f"{arguments.captions} has no picture with a caption")
     pictures = pictures[: arguments.limit]
@@ -150,8 +156,8 @@ def ask_teacher(arguments) -> None:
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} is there, but no {path.name} beside it: choose another --out")
-    ledger = gpt.Ledger(path)
-    job = teacher.job(kind, pictures, ledger, model, arguments.seed)
+    ledger = Ledger(path)
+    job = prompts.job(kind, pictures, ledger, model, arguments.seed)
     if arguments.dry_run:
         ledger.load()
         print_plan(job, arguments.price)
@@ -160,70 +166,70 @@ def ask_teacher(arguments) -> None:
         missing, failed = job.open(), {}
         try:
             if missing:
-                chat = gpt.Chat(model, arguments.base_url, timeout=arguments.timeout)
+                chat = Chat(model, arguments.base_url, timeout=arguments.timeout)
                 failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
         finally:  # what was paid for is handed over, however it ended
             written = hand_over(job, out)
     for problem, count in failed.items():
-        say(f"{count} failed: {problem}")
+        print0(f"{count} failed: {problem}")
     if ledger.prompt_tokens + ledger.completion_tokens >= arguments.max_tokens:
-        say(f"the budget of --max-tokens {arguments.max_tokens} is spent")
+        print0(f"the budget of --max-tokens {arguments.max_tokens} is spent")
     if not written:
         raise InputError(f"no picture has an answer yet, so there is no {out}")
     print(out)
 
 
-def hand_over(job: gpt.Job, out: Path) -> bool:
+def hand_over(job: Job, out: Path) -> bool:
     """Write what the ledger has, and say what it has not; whether there was anything to write."""
     found, rejected, given_up = job.result()
     rows = [row for row in found if row]
     if rows:
         write_json(out, rows)
     if job.ledger.lines:
-        say(f"{len(rows)} of {len(job.items)} pictures, {given_up} given up after {gpt.TRIES} replies, "
+        print0(f"{len(rows)} of {len(job.items)} pictures, {given_up} given up after {TRIES} replies, "
             f"{len(job.items) - len(rows) - given_up} still to be asked about; "
             f"{job.ledger.prompt_tokens} tokens read and {job.ledger.completion_tokens} written in all")
     for reason, count in rejected.most_common():
-        say(f"{count} rejected: {reason}")
+        print0(f"{count} rejected: {reason}")
     return bool(rows)
 
 
-def print_plan(job: gpt.Job, prices: tuple[float, float]) -> None:
+def print_plan(job: Job, prices: tuple[float, float]) -> None:
     """What would be asked about one picture, and what all that is not yet in the ledger would cost."""
     missing = job.open()
     for message in job.messages((missing or job.items)[0]):
         print(f"[{message['role']}]\n{message['content']}\n")
-    read, written = teacher.estimate(job.kind, missing)
-    say(f"{len(missing)} of {len(job.items)} pictures are still to be asked about: "
+    read, written = prompts.estimate(job.kind, missing)
+    print0(f"{len(missing)} of {len(job.items)} pictures are still to be asked about: "
         f"about {read} tokens to read and {written} to write"
-        + (f", ${gpt.dollars(read, written, prices):.2f}" if any(prices) else ""))
+        + (f", ${dollars(read, written, prices):.2f}" if any(prices) else ""))
 
 
 def expand_captions(arguments) -> None:
     count, written = write_pretrain(arguments.captions, arguments.out, arguments.seed, arguments.balance)
     print(arguments.out)
-    say(f"{written} of {count} captions")
+    print0(f"{written} of {count} captions")
 
 
 def expand_scienceqa(arguments) -> None:
     made = scienceqa.rows(arguments.data, arguments.split, arguments.order)
     write_json(arguments.out, made)
     print(arguments.out)
-    say(f"{len(made)} problems, {sum('image' in row for row in made)} with a picture")
+    print0(f"{len(made)} problems, {sum('image' in row for row in made)} with a picture")
 
 
 def print_stats(arguments) -> None:
-    from nanollava.data import stats  # here, as below: torch is seconds that no other command waits for
+    from nanollava.data import stats
 
     numbers, broken = stats(arguments.data)
     for name, number in numbers.items():
         print(f"{name.replace('_', ' '):<24}{number:>12,.{0 if number == int(number) else 1}f}")
     for problem in broken[:10]:
-        say(f"{arguments.data}, {problem}")
+        print0(f"{arguments.data}, {problem}")
 
 
 def download_weights(arguments) -> None:
-    from nanollava import hub
+    from nanollava.weights import hub
 
     out = arguments.out or Path(arguments.repository.rpartition("/")[2])
     hub.fetch(arguments.repository, out, arguments.revision)

@@ -9,7 +9,9 @@
 import sys
 from pathlib import Path
 
-from nanollava.files import InputError, Parser, one_line_errors, positive, say, seed
+from nanollava.infra.cli import Parser, one_line_errors, positive, seed
+from nanollava.infra.io import InputError
+from nanollava.infra.progress import print0
 
 TOY = Path("runs/toy")
 
@@ -36,9 +38,9 @@ if __name__ == "__main__":
 import torch
 
 from nanollava.chat import open_llava, stream
-from nanollava.conversation import IMAGE
-from nanollava.device import best_device, best_dtype
+from nanollava.conversation import IMAGE_TOKEN
 from nanollava.image import open_image, preprocess
+from nanollava.infra.device import best_device, best_dtype
 
 
 def main() -> None:
@@ -54,14 +56,14 @@ def main() -> None:
     if arguments.compile:
         model.compile_blocks()
     if model.config.stage == 1:
-        say(f"{folder} went through stage 1 only: it can caption, but hardly converse")
+        print0(f"{folder} went through stage 1 only: it can caption, but hardly converse")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
 
     images = [preprocess(picture, model.config.image_size) for picture in pictures]
     turns, how = [], (arguments.max_new_tokens, arguments.temperature, arguments.top_p)
     for question in arguments.prompt or questions():
-        marks = "" if turns else f"{IMAGE}\n" * len(images)
+        marks = "" if turns else f"{IMAGE_TOKEN}\n" * len(images)
         turns.append({"from": "human", "value": marks + question})
         reply = ""
         for piece in stream(model, tokenizer, turns, images, *how):
@@ -82,24 +84,24 @@ def toy_run() -> Path:
 def check(prompt: str) -> None:
     if not prompt.strip():
         raise InputError("--prompt is empty: ask something")
-    if IMAGE in prompt:
-        raise InputError(f"--prompt must not contain {IMAGE}: --image says where pictures come from")
+    if IMAGE_TOKEN in prompt:
+        raise InputError(f"--prompt must not contain {IMAGE_TOKEN}: --image says where pictures come from")
 
 
 def questions():
     """The lines of standard input, asked for on a terminal; empty ones are passed over."""
     if sys.stdin.isatty():
-        say("ask away; Ctrl-D ends")
+        print0("ask away; Ctrl-D ends")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             if sys.stdin.isatty():
-                say("")
+                print0("")
             return
-        if IMAGE in line:
-            say(f"please ask without {IMAGE}: --image says where pictures come from")
+        if IMAGE_TOKEN in line:
+            print0(f"please ask without {IMAGE_TOKEN}: --image says where pictures come from")
         elif line.strip():
             yield line.strip()
 

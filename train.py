@@ -15,7 +15,9 @@ import shutil
 from pathlib import Path
 
 from nanollava.conversation import TEMPLATES
-from nanollava.files import InputError, Parser, one_line_errors, positive, say, seed
+from nanollava.infra.cli import Parser, one_line_errors, positive, seed
+from nanollava.infra.io import InputError
+from nanollava.infra.progress import print0
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
@@ -78,18 +80,20 @@ if __name__ == "__main__":
 
 import torch
 
-from nanollava import checkpoint, parallel
-from nanollava.data import Conversations, batch_order, every_row, load_batches
-from nanollava.device import arithmetic, best_device, best_dtype
+from nanollava.benchmarks.report import table, write_report
+from nanollava.data import Conversations, length_grouped_batches, eval_batches, load_batches
+from nanollava.infra import distributed
+from nanollava.infra.device import pick_compute_dtype, best_device, best_dtype
+from nanollava.infra.resume import Checkpoints
+from nanollava.infra.run_log import read_log
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
-from nanollava.pretrain import parts_table, train_parts
-from nanollava.report import table, write_report
-from nanollava.resume import Checkpoints
 from nanollava.tokenizer import Tokenizer
-from nanollava.toy_data import write_world
-from nanollava.toy_score import toy_table, write_toy_report
-from nanollava.training import adamw, fit, freeze, learner, mean_loss, read_log
+from nanollava.toy.dataset import write_world
+from nanollava.toy.score import toy_table, write_toy_report
+from nanollava.toy.stage0 import parts_table, train_parts
+from nanollava.training import adamw, fit, freeze, learner, mean_loss
+from nanollava.weights import hf_format
 
 
 def main() -> None:
@@ -103,9 +107,9 @@ def main() -> None:
         return print_plan(arguments)
     if arguments.preset != "toy" and not (arguments.data and (arguments.model or (arguments.vision and arguments.llm))):
         raise InputError(f"--preset {arguments.preset} needs --data, and --model or both --vision and --llm")
-    device = parallel.start(best_device(arguments.device))
+    device = distributed.init_distributed(best_device(arguments.device))
     if arguments.stage == 0:
-        if parallel.world() > 1:
+        if distributed.world_size() > 1:
             raise InputError("--stage 0 runs in one process: start it with `python train.py --stage 0`")
         folder = arguments.out or Path("runs/toy/stage0")
         train_parts(folder, arguments.seed, device, arguments.small_llm)
@@ -138,29 +142,29 @@ def train_toy(run: Path, arguments, device: str) -> None:
     arguments.resume = True
     for stage in (1, 2):
         train_stage(stage, run / "stage1" if stage == 2 else None, run / f"stage{stage}", arguments, device)
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         columns, rows, said = toy_table(run, data, device)
         print(table(columns))
         write_toy_report(run, data, columns, rows, said)
-        say(f"look at it in a browser: {run / 'report.html'}")
-        say("ask it something: python sample.py --image cat.jpg")
+        print0(f"look at it in a browser: {run / 'report.html'}")
+        print0("ask it something: python sample.py --image cat.jpg")
 
 
 def train_stage(stage: int, start: Path | None, out: Path, arguments, device: str) -> None:
     """Stage 1 or 2, from the LLaVA in folder `start`, or from a CLIP and a LLaMA where there is none."""
     if arguments.resume and (out / "config.json").is_file():
-        parallel.first(lambda: (make_room(out), shutil.rmtree(out / "resume", ignore_errors=True)))
-        return say(f"{out} is finished and stays as it is")
+        distributed.on_rank0(lambda: (make_room(out), shutil.rmtree(out / "resume", ignore_errors=True)))
+        return print0(f"{out} is finished and stays as it is")
     if out.is_dir() and any(out.iterdir()) and not arguments.resume:
         raise InputError(f"{out} is not empty: --resume goes on with what is in it; or choose another --out")
     if start and not (start / "config.json").is_file():
         raise InputError(f"no model at {start} to go on from: train it (--stage 1), or name another (--model)")
     if arguments.eval_data and not arguments.eval_data.is_file():
         raise InputError(f"no data at {arguments.eval_data}")
-    epochs, batch_size, lr, save_every = settings_of(stage, arguments, parallel.world())
+    epochs, batch_size, lr, save_every = settings_of(stage, arguments, distributed.world_size())
     torch.manual_seed(arguments.seed)
     dtype = best_dtype(device, arguments.dtype)
-    computed = arithmetic(dtype, device)
+    computed = pick_compute_dtype(dtype, device)
 
     sources = find_data(stage, arguments)
     if start:
@@ -179,21 +183,21 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
     dataset = Conversations(sources, tokenizer, model.config, longest, arguments.skip_bad)
     tell_skipped(dataset)
     steps = max(1, round(epochs * len(dataset) / batch_size))
-    order = batch_order(dataset.lengths, batch_size, steps, arguments.seed)
+    order = length_grouped_batches(dataset.lengths, batch_size, steps, arguments.seed)
 
     freeze(model, stage, arguments.lora_rank)
     model.language_model.checkpointing = arguments.preset != "toy" and not arguments.keep_activations
-    parallel.place(model.compute_in(computed), model.language_model.model.layers, computed, device)
+    distributed.shard_model(model.set_compute_dtype(computed), model.language_model.model.layers, computed, device)
     if arguments.compile:
         model.compile_blocks()
 
     optimizers = adamw(model, lr)
     begin = [start] if start else [vision, llm]
-    run = dict(stage=stage, starting_weights=" ".join(map(checkpoint.fingerprint, begin)), data=dataset.digest,
+    run = dict(stage=stage, starting_weights=" ".join(map(hf_format.fingerprint, begin)), data=dataset.digest,
                rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, seed=arguments.seed,
                lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
                feature_layer=model.config.feature_layer, dtype=str(dtype))
-    parallel.first(lambda: make_room(out))
+    distributed.on_rank0(lambda: make_room(out))
     checkpoints = Checkpoints(out / "resume", model, optimizers, run)
     begun = checkpoints.load()
     workers = arguments.workers if arguments.workers is not None else 0 if device == "cpu" else 8
@@ -204,24 +208,24 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
         tell_skipped(held_out)
 
     def validate(best: float) -> float:
-        rows = every_row(held_out.lengths, batch_size)
+        rows = eval_batches(held_out.lengths, batch_size)
         loss = mean_loss(model, load_batches(held_out, rows, arguments.micro_batch, workers), device)
         if loss < best:
             model.save_pretrained(out / "best.part", [tokenizer.path], dtype)
-            parallel.first(lambda: (shutil.rmtree(out / "best", ignore_errors=True),
+            distributed.on_rank0(lambda: (shutil.rmtree(out / "best", ignore_errors=True),
                                     (out / "best.part").rename(out / "best")))
         return loss
 
     batches = load_batches(dataset, order[begun:], arguments.micro_batch, workers)
     try:
         fit(f"stage {stage}", learner(model, device), batches, steps, optimizers, log=out / "log.jsonl", start=begun,
-            tokens_of=lambda batch: parallel.world() * sum(tokens.numel() for tokens, *_ in batch),
+            tokens_of=lambda batch: distributed.world_size() * sum(tokens.numel() for tokens, *_ in batch),
             checkpoints=checkpoints, every=save_every, validate=validate if held_out else None,
             rows_of=lambda step: ": " + "; ".join(map(dataset.name, order[step])))
     except torch.OutOfMemoryError as error:
         raise InputError("the GPU's memory is full: take fewer rows at once (--micro-batch), leave out "
                          "--keep-activations, and see --plan") from error
-    parallel.first(lambda: write_report(out / "report.html", str(out), {f"Stage {stage}": read_log(out / "log.jsonl")}))
+    distributed.on_rank0(lambda: write_report(out / "report.html", str(out), {f"Stage {stage}": read_log(out / "log.jsonl")}))
     model.save_pretrained(out, [tokenizer.path], dtype)
     checkpoints.clear()
 
@@ -252,14 +256,14 @@ def make_room(out: Path) -> None:
 
 def tell_skipped(dataset: Conversations) -> None:
     if dataset.skipped:
-        say(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out, for they are broken")
+        print0(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out, for they are broken")
 
 
 def find_data(stage: int, arguments) -> list[tuple[Path, Path]]:
     """The JSON files of a stage, each with the folder of its pictures; the toy world is drawn where nobody did yet."""
     data, images = arguments.data or [Path("data/toy")], arguments.images or []
     if not arguments.data:
-        parallel.first(lambda: data[0].exists() or write_world(data[0], arguments.seed))
+        distributed.on_rank0(lambda: data[0].exists() or write_world(data[0], arguments.seed))
     if len(data) == 1 and data[0].is_dir():
         return [(data[0] / {1: "pretrain.json", 2: "instruct.json"}[stage], data[0] / "images")]
     for path in data:
@@ -275,4 +279,4 @@ def find_data(stage: int, arguments) -> list[tuple[Path, Path]]:
 if __name__ == "__main__":
     with one_line_errors():
         main()
-        parallel.leave()
+        distributed.shutdown()

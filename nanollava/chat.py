@@ -11,11 +11,11 @@ import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
 from .data import collate
-from .device import arithmetic
-from .files import InputError, read_lines, say
 from .image import open_image, preprocess
+from .infra.device import pick_compute_dtype
+from .infra.io import InputError, read_jsonl
+from .infra.progress import Progress, print0
 from .llava import Llava
-from .progress import Progress
 from .tokenizer import Tokenizer
 
 
@@ -25,11 +25,11 @@ def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, To
     Where the weights would fill more than half of this machine's memory they stay in the file, as they are, mapped into
     memory; `layers` converts each when its turn comes, or rounds to it.
     """
-    model, tokenizer = Llava.from_pretrained(folder, None).compute_in(arithmetic(dtype, device)), Tokenizer(folder)
+    model, tokenizer = Llava.from_pretrained(folder, None).set_compute_dtype(pick_compute_dtype(dtype, device)), Tokenizer(folder)
     size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device == "cpu" and size > memory / 2:
-        say(f"{folder} would take {size / 2**30:.0f} GiB in {str(dtype)[6:]}: it stays as it is on the disk")
+        print0(f"{folder} would take {size / 2**30:.0f} GiB in {str(dtype)[6:]}: it stays as it is on the disk")
         return model, tokenizer
     return model.to(device, dtype), tokenizer
 
@@ -95,7 +95,7 @@ def replies(model, tokenizer, conversations, images=None, pictures=None, max_new
 
 def read_answers(path: str | Path) -> dict[str, str]:
     """Replies by question from a JSONL of {question_id, text}; where one comes twice, the last counts."""
-    return {str(row["question_id"]): str(row["text"]) for row in read_lines(path, ("question_id", "text"))}
+    return {str(row["question_id"]): str(row["text"]) for row in read_jsonl(path, ("question_id", "text"))}
 
 
 def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], path: Path, batch_size: int = 16,

@@ -8,8 +8,8 @@ not. Nothing is tokenized a second time to find out where an answer began.
 
 from dataclasses import dataclass
 
-IGNORE = -100  # the label of a token that is not learned: cross_entropy's own default
-IMAGE = "<image>"
+IGNORE_INDEX = -100  # the label of a token that is not learned: cross_entropy's own default
+IMAGE_TOKEN = "<image>"
 INSTRUCTION_KINDS = ("conversation", "detail", "reasoning")  # the three kinds of instruction data, section 3
 
 
@@ -46,8 +46,8 @@ def check_turns(turns: list[dict]) -> None:
             raise ValueError(f"turn {number + 1} must be {{'from': '{wanted}', 'value': text}}")
         if wanted == "human" and not turn["value"].strip():
             raise ValueError(f"turn {number + 1} (human) is empty")
-        if wanted == "gpt" and IMAGE in turn["value"]:
-            raise ValueError(f"turn {number + 1} (gpt) has {IMAGE} in it; pictures belong to the human's turns")
+        if wanted == "gpt" and IMAGE_TOKEN in turn["value"]:
+            raise ValueError(f"turn {number + 1} (gpt) has {IMAGE_TOKEN} in it; pictures belong to the human's turns")
 
 
 def tokenize_conversation(turns, tokenizer, template="vicuna_v1", tokens_per_image=256, image_token_id=None):
@@ -55,7 +55,7 @@ def tokenize_conversation(turns, tokenizer, template="vicuna_v1", tokens_per_ima
 
     turns: the `conversations` of the LLaVA JSON, `{"from": "human" | "gpt", "value": text}` in turn, each
     `<image>` in the human's text standing for a picture. labels[i] is tokens[i] where the token belongs to an
-    answer or its stop, else IGNORE. If the last turn is the human's, the tokens end with the assistant's
+    answer or its stop, else IGNORE_INDEX. If the last turn is the human's, the tokens end with the assistant's
     prompt, a prefix of what training saw. image_token_id None: the first id past the vocabulary.
     Raises ValueError where the turns are not such a conversation.
     """
@@ -63,11 +63,11 @@ def tokenize_conversation(turns, tokenizer, template="vicuna_v1", tokens_per_ima
     form = TEMPLATES[template]
     image_token_id = len(tokenizer) if image_token_id is None else image_token_id
     stop = [tokenizer.eos_id] if form.stop is None else tokenizer.encode(form.stop)
-    tokens, labels = [tokenizer.bos_id], [IGNORE]
+    tokens, labels = [tokenizer.bos_id], [IGNORE_INDEX]
 
     def add(piece: list[int], supervised: bool = False) -> None:
         tokens.extend(piece)
-        labels.extend(piece if supervised else [IGNORE] * len(piece))
+        labels.extend(piece if supervised else [IGNORE_INDEX] * len(piece))
 
     for number, turn in enumerate(turns):
         if turn["from"] == "gpt":
@@ -76,9 +76,9 @@ def tokenize_conversation(turns, tokenizer, template="vicuna_v1", tokens_per_ima
             continue
         question = turn["value"].strip()
         if template == "plain":
-            question = IMAGE * question.count(IMAGE)  # the caption follows the picture, nothing is asked
+            question = IMAGE_TOKEN * question.count(IMAGE_TOKEN)  # the caption follows the picture, nothing is asked
         text = (form.system if number == 0 else "") + form.user + question + form.assistant
-        for position, stretch in enumerate(text.split(IMAGE)):
+        for position, stretch in enumerate(text.split(IMAGE_TOKEN)):
             if position > 0:
                 add([image_token_id] * tokens_per_image)
             if stretch:
@@ -90,9 +90,9 @@ def show(tokens: list[int], labels: list[int], tokenizer, image_token_id: int) -
     """The tokens as text for a terminal: green is learned, grey is only read, a picture is one [picture]."""
     parts, start = [], 0
     while start < len(tokens):
-        is_image, learned = tokens[start] == image_token_id, labels[start] != IGNORE
+        is_image, learned = tokens[start] == image_token_id, labels[start] != IGNORE_INDEX
         end = start
-        while end < len(tokens) and (tokens[end] == image_token_id, labels[end] != IGNORE) == (is_image, learned):
+        while end < len(tokens) and (tokens[end] == image_token_id, labels[end] != IGNORE_INDEX) == (is_image, learned):
             end += 1
         run = tokens[start:end]
         text = "[picture]" if is_image else "|".join(map(tokenizer.piece, run))

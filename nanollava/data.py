@@ -18,11 +18,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from . import parallel
-from .conversation import IGNORE, IMAGE, INSTRUCTION_KINDS, TEMPLATES, check_turns, tokenize_conversation
-from .files import InputError, read_json_list
-from .image import complaint, open_image, preprocess
-from .progress import progress
+from .conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    INSTRUCTION_KINDS,
+    TEMPLATES,
+    check_turns,
+    tokenize_conversation,
+)
+from .image import image_error, open_image, preprocess
+from .infra import distributed
+from .infra.io import InputError, read_json_list
+from .infra.progress import progress
 
 
 def check_row(row) -> tuple[list[dict], list[str]]:
@@ -39,9 +46,9 @@ def check_row(row) -> tuple[list[dict], list[str]]:
             raise ValueError(f"turn {number + 1} ({turn['from']}) is empty")
     if len(turns) < 2:
         raise ValueError("it has no answer to learn from")
-    marks = sum(turn["value"].count(IMAGE) for turn in turns)
+    marks = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
     if marks != len(files):
-        raise ValueError(f"{len(files)} pictures, but {marks} times {IMAGE} in its text")
+        raise ValueError(f"{len(files)} pictures, but {marks} times {IMAGE_TOKEN} in its text")
     return turns, files
 
 
@@ -63,7 +70,7 @@ def stats(path: Path) -> tuple[dict[str, float], list[str]]:
     return {"rows": number + 1, **counts, "broken rows": len(broken), **shares}, broken
 
 
-NO_ROW = -1  # the number of a row that is only there to fill a batch
+PAD_ROW = -1  # the number of a row that is only there to fill a batch
 
 
 class Conversations(torch.utils.data.Dataset):
@@ -105,7 +112,7 @@ class Conversations(torch.utils.data.Dataset):
             for row in rows_of[file]:
                 bad.setdefault(row, f"{self.name(row)}: {problem}")
         if len(bad) == len(sizes) or bad and not skip_bad:
-            raise InputError(complain(bad, len(sizes)))
+            raise InputError(format_errors(bad, len(sizes)))
         self.skipped = len(bad)
         good = np.setdiff1d(np.arange(len(sizes)), list(bad))
         self.spans = self.spans[good]
@@ -113,13 +120,13 @@ class Conversations(torch.utils.data.Dataset):
 
     def check_length(self, turns) -> None:
         """Raise ValueError where the length limit cuts off all answers, or a picture."""
-        form, marks = TEMPLATES[self.config.template], [n for n, turn in enumerate(turns) if IMAGE in turn["value"]]
+        form, marks = TEMPLATES[self.config.template], [n for n, turn in enumerate(turns) if IMAGE_TOKEN in turn["value"]]
         head = "".join(turn["value"] + form.user + form.assistant for turn in turns[: max(marks, default=0) + 1])
-        pictures = head.count(IMAGE) * self.config.tokens_per_image
+        pictures = head.count(IMAGE_TOKEN) * self.config.tokens_per_image
         if len((form.system + head).encode()) + pictures + 8 * len(turns) < self.max_length:
             return  # no token is shorter than a byte, so there is no need to look closer
         tokens, labels = self.tokenize(turns)
-        if all(label == IGNORE for label in labels[: self.max_length]):
+        if all(label == IGNORE_INDEX for label in labels[: self.max_length]):
             raise ValueError(f"no answer within {self.max_length} tokens; raise --max-length or shorten the row")
         if self.config.image_token_id in tokens[self.max_length :]:
             raise ValueError(f"a picture lies beyond {self.max_length} tokens; raise --max-length or shorten the row")
@@ -153,8 +160,8 @@ class Conversations(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         """(tokens, labels, pictures): two lists of at most max_length, and a list of (3, H, W)."""
-        if index == NO_ROW:
-            return [self.tokenizer.bos_id], [IGNORE], []
+        if index == PAD_ROW:
+            return [self.tokenizer.bos_id], [IGNORE_INDEX], []
         _, turns, files = self.unpack(index)
         tokens, labels = self.tokenize(turns)
         images = [preprocess(open_image(file), self.config.image_size) for file in files]
@@ -163,14 +170,14 @@ class Conversations(torch.utils.data.Dataset):
 
 def bad_pictures(files: list[str]) -> dict[str, str]:
     """What is wrong with those that will not open. Over several processes, each looks at its share."""
-    mine = files[parallel.rank() :: parallel.world()]
+    mine = files[distributed.rank() :: distributed.world_size()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = (pool.map(complaint, mine[start : start + 1000]) for start in range(0, len(mine), 1000))
+        parts = (pool.map(image_error, mine[start : start + 1000]) for start in range(0, len(mine), 1000))
         problems = zip(progress(chain.from_iterable(parts), "checking ", "pictures", len(mine)), mine)
-        return dict(parallel.gathered([(file, problem) for problem, file in problems if problem]))
+        return dict(distributed.all_gather_list([(file, problem) for problem, file in problems if problem]))
 
 
-def complain(bad: dict[int, str], rows: int) -> str:
+def format_errors(bad: dict[int, str], rows: int) -> str:
     """The message about bad rows, by number: all of it in one line, ten of them by name."""
     first = "; ".join(bad[row] for row in sorted(bad)[:10])
     if len(bad) == 1:
@@ -183,7 +190,7 @@ def collate(samples):
     """Samples to (tokens (B, T), labels (B, T), images (N, 3, H, W) or None), padded on the right."""
     length = max(len(tokens) for tokens, _, _ in samples)
     tokens = torch.zeros(len(samples), length, dtype=torch.long)
-    labels = torch.full((len(samples), length), IGNORE)
+    labels = torch.full((len(samples), length), IGNORE_INDEX)
     for row, (ids, targets, _) in enumerate(samples):
         tokens[row, : len(ids)] = torch.tensor(ids)
         labels[row, : len(ids)] = torch.tensor(targets)
@@ -191,7 +198,7 @@ def collate(samples):
     return tokens, labels, torch.stack(images) if images else None
 
 
-def batch_order(lengths, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def length_grouped_batches(lengths, batch_size: int, steps: int, seed: int) -> list[list[int]]:
     """The rows of each of `steps` batches, epoch after epoch, those of a batch of like lengths, to have little padding.
 
     In every epoch each row comes once, in random order: rows are shuffled, sorted by length within stretches of 50
@@ -214,11 +221,11 @@ def batch_order(lengths, batch_size: int, steps: int, seed: int) -> list[list[in
     return order[:steps]
 
 
-def every_row(lengths, batch_size: int) -> list[list[int]]:
+def eval_batches(lengths, batch_size: int) -> list[list[int]]:
     """The rows of each batch for one look at all of them, from the shortest to the longest; the last batch is filled
     up with rows that teach nothing, so that every process has as many."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
-    rows += [NO_ROW] * (-len(rows) % parallel.world())
+    rows += [PAD_ROW] * (-len(rows) % distributed.world_size())
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
@@ -228,7 +235,7 @@ def load_batches(dataset: Conversations, order: list[list[int]], micro_batch: in
     A process takes every world-th row of a batch, `micro_batch` rows at a time, all at once where it is None.
     workers: processes that tokenize and open pictures while this one trains.
     """
-    mine = [rows[parallel.rank() :: parallel.world()] for rows in order]
+    mine = [rows[distributed.rank() :: distributed.world_size()] for rows in order]
     size = micro_batch or max(map(len, mine), default=1)
     micro = [[rows[start : start + size] for start in range(0, len(rows), size)] for rows in mine]
     loader = iter(DataLoader(

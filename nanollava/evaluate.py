@@ -3,7 +3,7 @@
     python -m nanollava.evaluate toy                                # the toy run, against its controls
     python -m nanollava.evaluate scienceqa --data ScienceQA --model runs/scienceqa
     python -m nanollava.evaluate bench --questions q.jsonl --reference r.jsonl --context c.jsonl --answers a.jsonl \\
-        --out bench.json                                            # GPT-4 is the judge; the key is in OPENAI_API_KEY
+        --out llava_bench.json                                            # GPT-4 is the judge; the key is in OPENAI_API_KEY
     python -m nanollava.evaluate ablations                          # what matters, on the toy world: an hour or so
     python -m nanollava.evaluate report --model runs/stage2 --data held_out.json --images COCO/val2017
 """
@@ -13,9 +13,13 @@ import signal
 from itertools import islice
 from pathlib import Path
 
-from . import gpt, scienceqa
-from .files import (InputError, Parser, add_command, one_line_errors, positive, read_json, read_json_list, read_lines,
-                    say, whole_file, write_json)
+from .benchmarks import scienceqa
+from .infra.cli import Parser, add_command, one_line_errors, positive
+from .infra.io import InputError, read_json, read_json_list, read_jsonl, whole_file, write_json
+from .infra.progress import print0
+from .teacher.api import OPENAI, Chat
+from .teacher.jobs import TRIES, Job
+from .teacher.ledger import Ledger
 
 
 def parse_arguments():
@@ -74,7 +78,7 @@ def parse_arguments():
 def add_chat(add) -> None:
     """The arguments of what a language model is asked over REST; the key is in OPENAI_API_KEY."""
     add("--gpt", default="gpt-4", metavar="NAME", help="the language model that is asked (default: %(default)s)")
-    add("--base-url", default=gpt.OPENAI, help="any server with /chat/completions (default: OpenAI's)")
+    add("--base-url", default=OPENAI, help="any server with /chat/completions (default: OpenAI's)")
     add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
 
 
@@ -95,18 +99,19 @@ def add_device(add) -> None:
 if __name__ == "__main__":
     parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
 
-from . import ablations, bench
+from .benchmarks import llava_bench
+from .benchmarks.report import Told, table, write_report
 from .chat import answer_all, open_llava, read_answers, stream
-from .conversation import IMAGE
+from .conversation import IMAGE_TOKEN
 from .data import check_row
-from .device import best_device, best_dtype
 from .image import open_image, preprocess
+from .infra.device import best_device, best_dtype
+from .infra.progress import progress
+from .infra.run_log import read_log
 from .llava import Llava
-from .progress import progress
-from .report import Told, table, write_report
 from .tokenizer import Tokenizer
-from .toy_score import accuracy, answer_toy, gallery, toy_table, write_toy_report
-from .training import read_log
+from .toy import ablations
+from .toy.score import accuracy, answer_toy, gallery, toy_table, write_toy_report
 
 
 def evaluate_toy(arguments) -> None:
@@ -148,7 +153,7 @@ def evaluate_report(arguments) -> None:
             turns, files = check_row(row)
         except ValueError as error:
             raise InputError(f"{arguments.data}, row {number}: {error}") from error
-        paths = [arguments.images / file for file in files[: turns[0]["value"].count(IMAGE)]]
+        paths = [arguments.images / file for file in files[: turns[0]["value"].count(IMAGE_TOKEN)]]
         images = [preprocess(open_image(path), model.config.image_size) for path in paths]
         reply = "".join(stream(model, tokenizer, turns[:1], images))
         cards.append((paths[0] if paths else None, [Told(turns[0]["value"], reply, turns[1]["value"])]))
@@ -177,16 +182,16 @@ def evaluate_scienceqa(arguments) -> None:
     print(table({name: {category: value for category, value in score["accuracy"].items() if value is not None}
                  for name, score in scores.items()}))
     for name, score in scores.items():
-        say(f"{name}: {len(problems)} problems, {score['unreadable']} replies name no option, "
+        print0(f"{name}: {len(problems)} problems, {score['unreadable']} replies name no option, "
             f"{score['missing']} have no reply")
     if arguments.out:
         write_json(arguments.out, scores.pop("LLaVA") | scores, indent=2)
 
 
-def ask(job: gpt.Job, arguments) -> list:
+def ask(job: Job, arguments) -> list:
     """What is wanted of each item of a job, None where there is none, after asking for what the ledger lacks."""
     if job.open():
-        job.run(gpt.Chat(arguments.gpt, arguments.base_url), arguments.workers)
+        job.run(Chat(arguments.gpt, arguments.base_url), arguments.workers)
     return job.result()[0]
 
 
@@ -194,35 +199,35 @@ def ensembles(arguments, problems: dict, ours: dict[str, str]) -> dict[str, dict
     """The answers of GPT-4 alone, of LLaVA where GPT-4 has none, and of GPT-4 as the judge (section 5.2)."""
     train = scienceqa.read_problems(arguments.data, "train")
     examples = [problem for problem in train.values() if not problem.get("image")][:2]
-    with gpt.Ledger(arguments.ensemble / "alone.jsonl") as ledger:
+    with Ledger(arguments.ensemble / "alone.jsonl") as ledger:
         job = scienceqa.alone(problems, examples, ledger, arguments.gpt)
         theirs = {number: text for number, text in zip(job.items, ask(job, arguments)) if text is not None}
     both = scienceqa.complement(problems, ours, theirs)
-    with gpt.Ledger(arguments.ensemble / "verdicts.jsonl") as ledger:
+    with Ledger(arguments.ensemble / "verdicts.jsonl") as ledger:
         job = scienceqa.judge(problems, ours, theirs, ledger, arguments.gpt)
         verdicts = {number: text for number, text in zip(job.items, ask(job, arguments)) if text is not None}
-    say(f"{arguments.gpt}: {len(problems) - len(theirs)} of {len(problems)} problems got no answer, "
+    print0(f"{arguments.gpt}: {len(problems) - len(theirs)} of {len(problems)} problems got no answer, "
         f"{len(job.items) - len(verdicts)} of {len(job.items)} in dispute no verdict")
     return {"GPT-4": theirs, "complement": both, "judge": both | verdicts}
 
 
 def evaluate_bench(arguments) -> None:
-    rows = read_lines(arguments.questions, ("question_id", "image", "text", "category"))
+    rows = read_jsonl(arguments.questions, ("question_id", "image", "text", "category"))
     if arguments.model and not arguments.images:
         raise InputError("--model needs --images, the folder of the pictures")
-    questions = {str(row["question_id"]): (f"{IMAGE}\n{row['text']}", [Path(arguments.images or "") / row["image"]])
+    questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}", [Path(arguments.images or "") / row["image"]])
                  for row in rows}
     answers = made_answers(arguments, questions, "bench.jsonl")
-    items = bench.join(rows, arguments.reference, arguments.context, answers)
-    with gpt.Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:
-        judge = bench.job(items, arguments.both_orders, ledger, arguments.gpt)
+    items = llava_bench.join(rows, arguments.reference, arguments.context, answers)
+    with Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:
+        judge = llava_bench.job(items, arguments.both_orders, ledger, arguments.gpt)
         ask(judge, arguments)
-        result = bench.summary(judge)
+        result = llava_bench.summary(judge)
     write_json(arguments.out, result, indent=2)
     print(table({"relative": {name: scores["relative"] for name, scores in result["scores"].items()}}))
     if result["without_grade"]:
-        say(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again "
-            f"to ask what was not rejected {gpt.TRIES} times")
+        print0(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again "
+            f"to ask what was not rejected {TRIES} times")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .files import InputError
+from .infra.io import InputError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per channel
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -28,7 +28,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 # what Pillow raises for a broken file
-PILLOWS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def opened(path: str | Path):
             yield picture
     except FileNotFoundError as error:
         raise InputError(f"no picture at {path}") from error
-    except PILLOWS as error:
+    except PIL_ERRORS as error:
         raise InputError(f"{path} is not a picture that Pillow can read: {error}") from error
 
 
@@ -51,7 +51,7 @@ def open_image(path: str | Path) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(picture))
 
 
-def complaint(path: str | Path) -> str | None:
+def image_error(path: str | Path) -> str | None:
     """What is wrong with a picture file, or None. Much faster than to open it: a JPEG is decoded at an eighth."""
     try:
         with opened(path) as picture:

@@ -34,7 +34,7 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_cos_sin(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (B, T) to cosines and sines (B, T, 1, head_dim), always in float32; the first half of the sines is
     negative, as `rotate` wants them.
 
@@ -129,7 +129,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Trunk(nn.Module):
+class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -143,7 +143,7 @@ class Llama(nn.Module):
         self.config = config
         self.dtype = None  # of the arithmetic; None: that of the weights
         self.checkpointing = False  # in training, keep only what goes into a block, and compute it twice
-        self.model = Trunk(config)
+        self.model = LlamaModel(config)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -172,7 +172,7 @@ class Llama(nn.Module):
             unseen = (there > positions[..., None])[:, None]  # (B, 1, T, slots)
             # what attention would make of booleans, in every layer: added to its scores
             mask = embeds.new_zeros(()).masked_fill(unseen, -torch.inf)
-        angles = rotary_angles(positions, self.config)
+        angles = rope_cos_sin(positions, self.config)
         x = embeds
         for number, block in enumerate(self.model.layers, 1):
             last = number == len(self.model.layers)

@@ -14,12 +14,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import checkpoint, parallel
-from .conversation import IGNORE
+from .conversation import IGNORE_INDEX
+from .infra import distributed
 from .layers import Linear
 from .llama import KVCache, Llama, LlamaConfig
 from .lora import merge_lora
 from .vision import VisionConfig, VisionTower
+from .weights import hf_format
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Llava(nn.Module):
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text)
 
-    def compute_in(self, dtype: torch.dtype) -> "Llava":
+    def set_compute_dtype(self, dtype: torch.dtype) -> "Llava":
         """Do the arithmetic in `dtype`; the weights stay as they are."""
         self.language_model.dtype = dtype
         return self
@@ -86,7 +87,7 @@ class Llava(nn.Module):
         images = images.to(self.device, dtype, non_blocking=True)
         return self.multi_modal_projector(self.vision_tower(images, self.config.feature_layer)[:, 1:])
 
-    def splice(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
+    def merge_image_features(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
         """Embeddings (B, T, D) of tokens (B, T), the picture tokens replaced in reading order by (N, P, D)."""
         is_image = tokens == self.config.image_token_id
         where = is_image.flatten().nonzero()[:, 0]
@@ -111,7 +112,7 @@ class Llava(nn.Module):
         """
         if images is not None:
             pictures = self.see(images)
-        embeds = self.splice(tokens, pictures)  # (B, T, D)
+        embeds = self.merge_image_features(tokens, pictures)  # (B, T, D)
         if pictures is None and labels is not None and self.multi_modal_projector.linear_1.weight.requires_grad:
             # the projector takes part, with nothing, so that all processes have the same gradients to share
             size = self.config.image_size
@@ -119,8 +120,8 @@ class Llava(nn.Module):
         if labels is None:
             return self.language_model.logits(self.language_model(embeds))
         targets = labels.roll(-1, dims=1)  # what comes next
-        targets[:, -1] = IGNORE
-        learned = (targets != IGNORE).flatten().nonzero()[:, 0]
+        targets[:, -1] = IGNORE_INDEX
+        learned = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]
         targets = targets.flatten()[learned].to(self.device, non_blocking=True)
         hidden = self.language_model(embeds, wanted=learned.to(self.device, non_blocking=True))
         logits = self.language_model.logits(hidden)  # (learned tokens, V)
@@ -139,7 +140,7 @@ class Llava(nn.Module):
         """
         B, T = tokens.shape
         lengths = (torch.full((B,), T) if lengths is None else lengths).to(self.device)
-        embeds = self.splice(tokens, pictures if images is None else self.see(images))
+        embeds = self.merge_image_features(tokens, pictures if images is None else self.see(images))
         cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
         last = torch.arange(B, device=self.device) * T + lengths - 1
         hidden = self.language_model(embeds, slots=cache.first(T), wanted=last)[:, None]  # (B, 1, D)
@@ -149,7 +150,7 @@ class Llava(nn.Module):
                 positions = (lengths + step - 1)[:, None]  # a padding token's slot is overwritten before it is seen
                 embeds = self.language_model.embed(token[:, None])  # (B, 1, D)
                 hidden = self.language_model(embeds, positions, cache.first(T + step))
-            token = choose(self.language_model.logits(hidden)[:, 0].float(), temperature, top_p)
+            token = sample_next_token(self.language_model.logits(hidden)[:, 0].float(), temperature, top_p)
             if eos_id is not None:
                 token = token.masked_fill(ended, eos_id)
                 ended |= token == eos_id
@@ -160,30 +161,30 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
         """A LLaVA folder: one of ours, or of the public Hugging Face layout."""
-        config = checkpoint.read_config(folder, checkpoint.llava_config)
+        config = hf_format.read_config(folder, hf_format.llava_config)
         parts = {"vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])}
         config = LlavaConfig(**config | parts)
         with torch.device("meta"):
             model = cls(config)
-        tensors = checkpoint.read_tensors(folder, checkpoint.llava_name)
+        tensors = hf_format.read_tensors(folder, hf_format.llava_name)
         if config.projector == "linear":
-            checkpoint.drop_identity(tensors, folder)
-        checkpoint.drop_image_token(tensors, config.text.vocab_size, config.image_token_id)
-        checkpoint.load(model, tensors, folder, dtype, device)
+            hf_format.drop_identity(tensors, folder)
+        hf_format.drop_image_token(tensors, config.text.vocab_size, config.image_token_id)
+        hf_format.load(model, tensors, folder, dtype, device)
         return model
 
     @classmethod
     def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1", feature_layer=-2,
                    dtype=torch.float32, device="cpu") -> "Llava":
         """A CLIP folder and a LLaMA folder, with a fresh projector between them."""
-        vision = VisionConfig(**checkpoint.read_config(vision_folder, checkpoint.vision_config))
-        text = LlamaConfig(**checkpoint.read_config(llm_folder, checkpoint.text_config))
+        vision = VisionConfig(**hf_format.read_config(vision_folder, hf_format.vision_config))
+        text = LlamaConfig(**hf_format.read_config(llm_folder, hf_format.text_config))
         config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size, template=template)
         with torch.device("meta"):
             model = cls(config)
-        for module, folder, rename in ((model.vision_tower, vision_folder, checkpoint.clip_name),
-                                       (model.language_model, llm_folder, checkpoint.llama_name)):
-            checkpoint.load(module, checkpoint.read_tensors(folder, rename), folder, dtype, device)
+        for module, folder, rename in ((model.vision_tower, vision_folder, hf_format.clip_name),
+                                       (model.language_model, llm_folder, hf_format.llama_name)):
+            hf_format.load(module, hf_format.read_tensors(folder, rename), folder, dtype, device)
         model.multi_modal_projector = Projector(config).to(device, dtype)
         return model
 
@@ -195,18 +196,18 @@ class Llava(nn.Module):
         """
         tensors = {}
         for name, tensor in self.state_dict().items():
-            tensor = parallel.whole(tensor)
-            if parallel.rank() == 0:
+            tensor = distributed.full_tensor(tensor)
+            if distributed.rank() == 0:
                 tensors[name] = tensor.to("cpu", dtype)
 
         def write() -> None:
-            public = checkpoint.llava_tensors(merge_lora(tensors), self.config.image_token_id)
-            checkpoint.write(folder, checkpoint.llava_json(asdict(self.config)), public, files)
+            public = hf_format.llava_tensors(merge_lora(tensors), self.config.image_token_id)
+            hf_format.write(folder, hf_format.llava_json(asdict(self.config)), public, files)
 
-        parallel.first(write)
+        distributed.on_rank0(write)
 
 
-def choose(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """Logits (B, V) to one token a row, (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)

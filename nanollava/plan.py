@@ -39,7 +39,7 @@ def memory(model: Llava, rows: int, tokens: int, learned: int, gpus: int = 1, dt
     block = llama.model.layers[0]
     block_learns = count(block, learning=True) > 0
 
-    copies = 0  # of weights, in the dtype of the arithmetic
+    copies = 0  # of weights, in the dtype of the pick_compute_dtype
     if gpus > 1:  # gathered: the block at work, the next one, and all that is no block; gradients before they part
         rest = learning - layers * count(block, learning=True)
         copies = size * (total - (layers - 2) * count(block)) + (size + 4) * max(rest, count(block, learning=True))

@@ -23,7 +23,9 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from .files import InputError, Parser, one_line_errors, positive, say
+from .infra.cli import Parser, one_line_errors, positive
+from .infra.io import InputError
+from .infra.progress import print0
 
 
 def parse_arguments():
@@ -42,10 +44,10 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
-from . import parallel
-from .conversation import IGNORE
-from .device import arithmetic, best_device, best_dtype
+from .conversation import IGNORE_INDEX
 from .image import open_image, preprocess
+from .infra import distributed
+from .infra.device import pick_compute_dtype, best_device, best_dtype
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .plan import count, operations
@@ -100,7 +102,7 @@ def batch(device: str):
     tokens = torch.randint(3, CONFIG.text.vocab_size, (ROWS, TOKENS), generator=random)
     tokens[:, 1 : 1 + CONFIG.tokens_per_image] = CONFIG.image_token_id
     labels = tokens.clone()
-    labels[:, :-LEARNED] = IGNORE
+    labels[:, :-LEARNED] = IGNORE_INDEX
     images = torch.randn(ROWS, 3, CONFIG.image_size, CONFIG.image_size, generator=random)
     return tokens.to(device), labels.to(device), images.to(device)
 
@@ -109,15 +111,15 @@ def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None, compi
     """A training step of a stage, or without one what generates n tokens."""
     if stage is None:
         tokens, _, images = batch(device)
-        model = Llava.from_pretrained(folder, dtype, device).compute_in(arithmetic(dtype, device))
+        model = Llava.from_pretrained(folder, dtype, device).set_compute_dtype(pick_compute_dtype(dtype, device))
         if compiled:
             model.compile_blocks()
         return lambda new: list(model.generate(tokens[:1], images[:1], max_new_tokens=new))
     tokens, labels, images = batch("cpu")
     model = Llava.from_pretrained(folder, torch.float32)
     freeze(model, stage)
-    computed = arithmetic(dtype, device)
-    parallel.place(model.compute_in(computed), model.language_model.model.layers, computed, device)
+    computed = pick_compute_dtype(dtype, device)
+    distributed.shard_model(model.set_compute_dtype(computed), model.language_model.model.layers, computed, device)
     if compiled:
         model.compile_blocks()
     optimizer, = adamw(model, 1e-4)
@@ -185,7 +187,7 @@ def compare(sides: dict, folder: Path, dtype: torch.dtype, device: str, repeat: 
     found = {}
 
     def measure(name: str, runs: dict) -> None:
-        say(f"measuring: {name}")
+        print0(f"measuring: {name}")
         for run in runs.values():
             run()  # the first time is always slower
         turns = [{side: seconds(run, device, 1) for side, run in runs.items()} for _ in range(repeat)]
@@ -204,7 +206,7 @@ def compare(sides: dict, folder: Path, dtype: torch.dtype, device: str, repeat: 
         found["next token"][name] = (found["next token"][name] - found["first token"][name]) / NEW
     found["stage 2 memory"] = {}
     for name, side in sides.items():
-        say(f"measuring: memory of {name}")
+        print0(f"measuring: memory of {name}")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             found["stage 2 memory"][name] = fresh.submit(peak, side, folder, dtype, device).result()
     return found
@@ -212,9 +214,9 @@ def compare(sides: dict, folder: Path, dtype: torch.dtype, device: str, repeat: 
 
 def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     """The fewest seconds that this machine could take for each, by its matrix products or its memory."""
-    computed = arithmetic(dtype, device)
+    computed = pick_compute_dtype(dtype, device)
     rate, speed = matrix_rate(computed, device), bandwidth(device)
-    say(f"this machine: {rate / 1e9:,.0f} GFLOP/s in products of {str(computed)[6:]}, reads {speed / 1e9:,.1f} GB/s")
+    print0(f"this machine: {rate / 1e9:,.0f} GFLOP/s in products of {str(computed)[6:]}, reads {speed / 1e9:,.1f} GB/s")
     with torch.device("meta"):
         model = Llava(CONFIG)
     least = {}
@@ -231,7 +233,7 @@ def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 def growth(generate, device: str, repeat: int) -> float:
     """How many times as long a late token takes as one of the first: 1 is as it should be."""
-    say("measuring: growth")
+    print0("measuring: growth")
     generate(2)  # the first time is always slower
     first, some, many = (seconds(partial(generate, new), device, repeat) for new in (1, 1 + NEW, 1 + 4 * NEW))
     return (many - some) / (3 * NEW) / ((some - first) / NEW)

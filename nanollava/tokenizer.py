@@ -4,7 +4,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from .files import InputError
+from .infra.io import InputError
 
 
 class Tokenizer:

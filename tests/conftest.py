@@ -9,9 +9,9 @@ import torch
 from nanollava import Llava, Tokenizer
 from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
-from nanollava.toy_data import write_world
+from nanollava.toy.dataset import write_world
 from nanollava.vision import VisionConfig
-from tests.chat_server import Server
+from tests.teacher.chat_server import Server
 
 ASSETS = Path(__file__).parent.parent / "assets"
 

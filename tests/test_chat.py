@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanollava.chat import answer_all, open_llava, prompts, read_answers, replies, stream
-from nanollava.files import InputError
+from nanollava.infra.io import InputError
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from nanollava.conversation import IGNORE, check_turns, show, tokenize_conversation
+from nanollava.conversation import IGNORE_INDEX, check_turns, show, tokenize_conversation
 
 IMAGE_ID = 1000
 TURNS = [
@@ -37,8 +37,8 @@ def text(tokens, tokenizer):
 def test_what_the_model_reads_and_what_it_learns(tokenizer, template, whole, learned):
     tokens, labels = read(TURNS, tokenizer, template)
     assert text(tokens, tokenizer) == whole
-    assert text([label for label in labels if label != IGNORE], tokenizer) == learned
-    assert all(label in (IGNORE, token) for token, label in zip(tokens, labels))
+    assert text([label for label in labels if label != IGNORE_INDEX], tokenizer) == learned
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(tokens, labels))
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "v0"])
@@ -47,8 +47,8 @@ def test_a_prompt_is_a_prefix_of_what_training_saw(tokenizer, template):
     for turns in (1, 3):
         prompt, nothing = read(TURNS[:turns], tokenizer, template)
         assert tokens[: len(prompt)] == prompt
-        assert labels[len(prompt)] != IGNORE
-        assert nothing[-1] == IGNORE
+        assert labels[len(prompt)] != IGNORE_INDEX
+        assert nothing[-1] == IGNORE_INDEX
 
 
 def test_the_picture_may_come_after_the_question(tokenizer):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nanollava.files import InputError
-from nanollava.image import MEAN, STD, complaint, open_image, preprocess
+from nanollava.image import MEAN, STD, image_error, open_image, preprocess
+from nanollava.infra.io import InputError
 
 
 def test_pixels_are_normalised_as_clip_wants_them():
@@ -73,4 +73,4 @@ def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("RGB", (3000, 2)).save(tmp_path / "strip.png")
     with pytest.raises(InputError, match="strip.png .* 3000 by 2 pixels"):
         open_image(tmp_path / "strip.png")
-    assert "3000 by 2 pixels" in complaint(tmp_path / "strip.png")
+    assert "3000 by 2 pixels" in image_error(tmp_path / "strip.png")

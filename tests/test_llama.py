@@ -2,7 +2,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanollava import layers
-from nanollava.llama import MLP, KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+from nanollava.layers import RMSNorm
+from nanollava.llama import MLP, KVCache, Llama, LlamaConfig, rope_cos_sin, rotate
 
 TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2)
@@ -20,7 +21,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     config = LlamaConfig(hidden_size=8, num_attention_heads=1)
 
     def score(query_at, key_at):
-        turned = [rotate(x, rotary_angles(torch.tensor([[at]]), config)) for x, at in ((q, query_at), (k, key_at))]
+        turned = [rotate(x, rope_cos_sin(torch.tensor([[at]]), config)) for x, at in ((q, query_at), (k, key_at))]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(5, 2), score(105, 102), atol=1e-4, rtol=1e-4)
@@ -28,7 +29,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 def test_rotary_angles_stay_exact_when_the_model_is_bfloat16():
-    cos, sin = rotary_angles(torch.tensor([[2047]]), TINY)
+    cos, sin = rope_cos_sin(torch.tensor([[2047]]), TINY)
     torch.testing.assert_close(cos[0, 0, 0, 0].double(), torch.tensor(2047.0).double().cos(), atol=1e-6, rtol=0)
     assert cos.dtype == sin.dtype == torch.float32
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanollava import Llava, layers
-from nanollava.conversation import IGNORE
-from nanollava.llava import choose
+from nanollava.conversation import IGNORE_INDEX
+from nanollava.llava import sample_next_token
 from nanollava.plan import count
 
 
@@ -19,7 +19,7 @@ def prompt(model, *parts):
 def test_each_picture_stands_where_its_tokens_are(model):
     images = torch.randn(2, 3, 32, 32)
     tokens = prompt(model, 1, "image", 5, "image", 6)
-    embeds, seen = model.splice(tokens, model.see(images)), model.see(images)
+    embeds, seen = model.merge_image_features(tokens, model.see(images)), model.see(images)
     torch.testing.assert_close(embeds[0, 1:17], seen[0])
     torch.testing.assert_close(embeds[0, 18:34], seen[1])
     torch.testing.assert_close(embeds[0, 17], model.language_model.embed(torch.tensor(5)))
@@ -46,7 +46,7 @@ def test_a_batch_of_ragged_rows_equals_its_rows_alone(model):
 
 def test_the_loss_is_the_mean_over_labels(model):
     tokens = prompt(model, 1, 5, 6, 7)
-    labels = torch.tensor([[IGNORE, IGNORE, 6, 7]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 6, 7]])
     log_probabilities = model(tokens).log_softmax(dim=-1)
     expected = -(log_probabilities[0, 1, 6] + log_probabilities[0, 2, 7]) / 2
     torch.testing.assert_close(model(tokens, labels=labels), expected)
@@ -103,7 +103,7 @@ def test_a_compiled_model_says_and_learns_the_same_and_no_length_has_a_graph_of_
         for text in texts:
             for rows in (1, 2):
                 tokens = prompt(model, 1, "image", *text).expand(rows, -1)
-                labels = tokens.where(tokens < 32, IGNORE)
+                labels = tokens.where(tokens < 32, IGNORE_INDEX)
                 model.zero_grad()
                 model(tokens, images[:rows], labels).backward()
                 found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -128,7 +128,7 @@ def test_a_step_costs_a_head_for_each_token_that_is_learned_and_no_more(model):
 
     def operations(learned: int) -> int:
         labels = tokens.clone()
-        labels[:, : tokens.shape[1] - learned] = IGNORE
+        labels[:, : tokens.shape[1] - learned] = IGNORE_INDEX
         with FlopCounterMode(display=False) as flops:
             model(tokens, images, labels).backward()
         return flops.get_total_flops()
@@ -142,15 +142,15 @@ def test_a_step_costs_a_head_for_each_token_that_is_learned_and_no_more(model):
 def test_temperature_makes_the_likely_likelier():
     logits = torch.tensor([[2.0, 1.0]]).expand(2000, -1)
     for temperature, share in ((1.0, 0.731), (0.5, 0.881), (1e-30, 1.0), (0.0, 1.0)):  # 1 / (1 + e^(-1 / temperature))
-        drawn = (choose(logits, temperature, top_p=1.0) == 0).float().mean()
+        drawn = (sample_next_token(logits, temperature, top_p=1.0) == 0).float().mean()
         assert abs(drawn - share) < 0.04
 
 
 def test_top_p_leaves_only_the_likeliest():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    drawn = {int(choose(logits, temperature=1.0, top_p=0.6)) for _ in range(100)}
+    drawn = {int(sample_next_token(logits, temperature=1.0, top_p=0.6)) for _ in range(100)}
     assert drawn == {0, 1}
-    assert int(choose(logits, temperature=1.0, top_p=0.0)) == 0
+    assert int(sample_next_token(logits, temperature=1.0, top_p=0.0)) == 0
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])

@@ -7,7 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollava import Llava, parallel
+from nanollava import Llava
+from nanollava.infra import distributed
 from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
 from nanollava.plan import SIZES, count, memory, operations
@@ -27,7 +28,7 @@ def trained(stage, checkpointing, lora_rank=None):
     model = Llava(LlavaConfig(vision, text, image_token_id=4000))
     freeze(model, stage, lora_rank)
     model.language_model.checkpointing = checkpointing
-    parallel.place(model.compute_in(torch.float32), model.language_model.model.layers, torch.float32, "cpu")
+    distributed.shard_model(model.set_compute_dtype(torch.float32), model.language_model.model.layers, torch.float32, "cpu")
     optimizers, learn = adamw(model, 1e-3), learner(model, "cpu")
     tokens = torch.randint(0, 4000, (ROWS, TOKENS))
     tokens[:, 1:65] = 4000

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollava import speed
-from nanollava.files import InputError
+from nanollava.infra.io import InputError
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.vision import VisionConfig

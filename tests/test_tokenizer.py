@@ -1,7 +1,7 @@
 import pytest
 
 from nanollava import Tokenizer
-from nanollava.files import InputError
+from nanollava.infra.io import InputError
 
 
 def test_text_goes_to_tokens_and_back(tokenizer):

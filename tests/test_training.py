@@ -4,8 +4,8 @@ import time
 import pytest
 import torch
 
-from nanollava.data import NO_ROW, Conversations, every_row, load_batches
-from nanollava.files import InputError
+from nanollava.data import PAD_ROW, Conversations, eval_batches, load_batches
+from nanollava.infra.io import InputError
 from nanollava.training import fit, learning_rate, mean_loss
 
 
@@ -80,12 +80,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows():
 def test_the_held_out_loss_is_that_of_every_row_in_whatever_batches(model, tokenizer, world):
     held_out = Conversations([(world / "instruct.json", world / "images")], tokenizer, model.config)
     held_out.spans, held_out.lengths = held_out.spans[:7], held_out.lengths[:7]
-    rows = every_row(held_out.lengths, 7)
+    rows = eval_batches(held_out.lengths, 7)
     (whole,) = load_batches(held_out, rows)
     with torch.no_grad():
         expected = model(*(whole[0][part] for part in (0, 2, 1))).item()
-    for size, more in ((2, []), (3, []), (7, [NO_ROW] * 2)):  # a row that is only there to fill counts for nothing
-        batches = [*every_row(held_out.lengths, size)[:-1], every_row(held_out.lengths, size)[-1] + more]
+    for size, more in ((2, []), (3, []), (7, [PAD_ROW] * 2)):  # a row that is only there to fill counts for nothing
+        batches = [*eval_batches(held_out.lengths, size)[:-1], eval_batches(held_out.lengths, size)[-1] + more]
         for micro_batch in (1, None):
             loss = mean_loss(model, load_batches(held_out, batches, micro_batch), "cpu")
             assert loss == pytest.approx(expected, rel=1e-5)

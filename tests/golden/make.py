@@ -26,9 +26,19 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
-from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig,
-                          CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaImageProcessorPil)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+)
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # nanollava, for linear/
@@ -126,12 +136,13 @@ def make_linear(pixels):
 
 def make_mlp(pixels):
     """The same with the other projector. The picture's token is in the vocabulary, as in the public LLaVA-1.5."""
-    from nanollava import Llava, checkpoint, llama, llava, vision
+    from nanollava import Llava, llama, llava, vision
+    from nanollava.weights import hf_format
 
     text = llama.LlamaConfig(**TEXT | {"num_hidden_layers": 1}, tie_word_embeddings=True)
     tower = vision.VisionConfig(**VISION | {"num_hidden_layers": 1})
     config = llava.LlavaConfig(tower, text, "mlp2x_gelu", feature_layer=-1, image_token_id=IMAGE_TOKEN, stage=2)
-    checkpoint.SHARD = 20_000
+    hf_format.SHARD = 20_000
     randomize(Llava(config), seed=4).bfloat16().save_pretrained(HERE / "mlp")
     model = open_strictly(LlavaForConditionalGeneration, "mlp")
     return answers(model, [1, *numbers(2, 5), *[IMAGE_TOKEN] * IMAGE_LENGTH, *numbers(6, 6)], pixels[:1])

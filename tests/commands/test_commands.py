@@ -1,0 +1,500 @@
+"""train.py, sample.py and prepare_data.py as a user meets them: what they print, where, and how they end."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nanollava import Llava
+from nanollava.infra.cli import one_line_errors
+from nanollava.infra.io import read_json
+from nanollava.llama import Block, Llama
+from nanollava.weights import hf_format
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command("train", "--stage", 1) runs it in an empty folder and gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        code = 0
+        try:
+            with one_line_errors():
+                importlib.import_module(name).main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def parts(model, tokenizer, tmp_path):
+    """The folders of a random CLIP and a random LLaMA, tiny."""
+    clip, llama = tmp_path / "clip", tmp_path / "llama"
+    hf_format.write(clip, hf_format.clip_json(vars(model.config.vision)), model.vision_tower.state_dict())
+    hf_format.write(llama, hf_format.llama_json(vars(model.config.text)), model.language_model.state_dict(),
+                     [tokenizer.path])
+    return "--vision", clip, "--llm", llama
+
+
+@pytest.fixture
+def run_folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "run", [tokenizer.path])
+    return tmp_path / "run"
+
+
+def is_one_line(error, *words):
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert str(word) in error
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_stage_1_trains_the_projector_alone_stage_2_the_language_model_too(command, parts, world, tmp_path):
+    code, out, _ = command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / "one")
+    assert (code, out) == (0, "")
+    code, *_ = command("train", "--stage", 2, "--model", tmp_path / "one", "--data", world, "--out", tmp_path / "two")
+    assert code == 0
+    begin = Llava.from_parts(tmp_path / "clip", tmp_path / "llama").state_dict()
+    one, two = (Llava.from_pretrained(tmp_path / folder) for folder in ("one", "two"))
+    changed_by = {1: set(), 2: set()}
+    for stage, (before, after) in enumerate(((begin, one.state_dict()), (one.state_dict(), two.state_dict())), 1):
+        changed_by[stage] = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed_by == {1: {"multi_modal_projector"}, 2: {"multi_modal_projector", "language_model"}}
+    assert (one.config.stage, two.config.stage) == (1, 2)
+    log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    preset = importlib.import_module("train").PRESETS["toy"][2]
+    assert len(log) == round(preset["epochs"] * len(read_json(world / "instruct.json")) / preset["batch_size"])
+
+
+def test_the_same_seed_trains_the_same_weights(command, parts, world, tmp_path):
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / folder, "--seed", seed)
+    a, b, c = (Llava.from_pretrained(tmp_path / folder).multi_modal_projector.linear_1.weight for folder in "abc")
+    assert a.equal(b) and not a.equal(c)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_the_dtype_of_the_result_and_of_the_arithmetic_where_it_is_fast(command, parts, world, tmp_path,
+                                                                                    monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    seen, logits = set(), Llama.logits
+    monkeypatch.setattr(Llama, "logits", lambda llama, hidden: seen.add(hidden.dtype) or logits(llama, hidden))
+    code, *_ = command("train", "--stage", 2, *parts, "--data", world, "--out", tmp_path / "run",
+                       "--dtype", "bfloat16", "--device", "cpu", "--epochs", 0.3)
+    assert code == 0
+    assert seen == {torch.bfloat16 if fast else torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("preset, flags, twice", [("7b", [], True), ("7b", ["--keep-activations"], False),
+                                                  ("toy", [], False)])
+def test_blocks_are_computed_twice_but_for_the_toy_or_on_request(command, parts, world, tmp_path, monkeypatch, preset,
+                                                                 flags, twice):
+    runs, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, *inputs: runs.append(1) or forward(block, *inputs))
+    command("train", "--preset", preset, "--stage", 1, *parts, "--data", world, "--out", tmp_path / "run",
+            "--batch-size", len(read_json(world / "pretrain.json")), "--epochs", 1, *flags)
+    assert len(runs) == (4 if twice else 2)  # one step of two blocks
+
+
+def test_projector_layer_and_template_are_kept_and_plain_is_for_captions_alone(command, parts, world, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    command("train", "--stage", 1, *parts, "--data", world, "--out", one, "--template", "plain",
+            "--projector", "mlp2x_gelu", "--feature-layer", -1)
+    command("train", "--stage", 2, "--model", one, "--data", world, "--out", two)
+    one, two = (Llava.from_pretrained(folder).config for folder in (one, two))
+    assert (one.template, one.projector, one.feature_layer) == ("plain", "mlp2x_gelu", -1)
+    assert (two.template, two.projector, two.feature_layer) == ("vicuna_v1", "mlp2x_gelu", -1)
+
+
+def test_epochs_and_batch_size_make_the_steps(command, parts, world, tmp_path):
+    rows = len(read_json(world / "pretrain.json"))
+    command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / "run",
+            "--epochs", 1.5, "--batch-size", 10, "--lr", 0.5)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == rows * 1.5 / 10 and max(row["lr"] for row in log) == 0.5
+
+
+def test_a_picture_that_will_not_open_ends_training_in_one_line(command, parts, world, tmp_path):
+    rows = read_json(world / "pretrain.json")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cat.png").write_text("hello")
+    (tmp_path / "chat.json").write_text(json.dumps([{**row, "image": "cat.png"} for row in rows]))
+    code, _, error = command("train", "--stage", 1, *parts, "--data", tmp_path / "chat.json",
+                             "--images", tmp_path / "images", "--out", tmp_path / "run")
+    assert code == 2 and "error: " in error and "cat.png is not a picture" in error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--stage", 2], ["runs/toy/stage1", "--stage 1"]),
+    (["--stage", 1, "--data", "none.json"], ["no data at none.json"]),
+    (["--stage", 1, "--vision", "nowhere", "--data", "world"], ["nowhere"]),
+    (["--stage", 1, "--model", "a", "--vision", "b"], ["--model", "--vision"]),
+    (["--preset", "7b"], ["--preset 7b needs --data"]),
+    (["--small-llm"], ["--small-llm is for --stage 0"]),
+    (["--model", "a"], ["--stage"]),
+    (["--stage", 3], ["--stage"]),
+    (["--lr", "0"], ["--lr"]),
+    (["--stage", 1, "--lora-rank", 4], ["--lora-rank", "--stage 2"]),
+    (["--plan"], ["--plan", "--preset 7b"]),
+    (["--stage", 2, "--model", "a", "--data", "x.json"], ["no model at a"]),
+])
+def test_a_mistake_in_training_is_one_line(command, world, tmp_path, arguments, words):
+    (tmp_path / "world").symlink_to(world)
+    code, out, error = command("train", *arguments)
+    assert (code, out) == (2, "") and is_one_line(error, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_length_limit_that_leaves_no_answer_is_told_before_training(command, parts, world, tmp_path):
+    code, _, error = command("train", "--stage", 1, *parts, "--data", world, "--out", tmp_path / "run",
+                             "--max-length", 20)
+    assert code == 2 and is_one_line(error, "row 0", "raise --max-length")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_is_never_overwritten(command, run_folder, world):
+    before = (run_folder / "model.safetensors").read_bytes()
+    code, _, error = command("train", "--stage", 1, "--data", world, "--out", run_folder)
+    assert code == 2 and is_one_line(error, run_folder, "--out")
+    assert (run_folder / "model.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "cat.webp")
+    return tmp_path / "cat.webp"
+
+
+def test_the_reply_alone_goes_to_standard_output(command, run_folder, picture):
+    code, out, error = command("sample", "--model", run_folder, "--image", picture, "--prompt", "What?",
+                               "--max-new-tokens", 5)
+    assert code == 0 and out.endswith("\n") and error == ""
+
+
+def test_several_prompts_are_one_conversation(command, run_folder, picture, monkeypatch):
+    import sample
+
+    heard = []
+
+    def stream(model, tokenizer, turns, *_):
+        heard.append([turn["value"] for turn in turns])
+        return iter(["Yes", "."])
+
+    monkeypatch.setattr(sample, "stream", stream)
+    code, out, _ = command("sample", "--model", run_folder, "--image", picture,
+                           "--prompt", "A cat?", "--prompt", "Red?")
+    assert (code, out) == (0, "Yes.\nYes.\n")
+    assert heard == [["<image>\nA cat?"], ["<image>\nA cat?", "Yes.", "Red?"]]
+
+
+def test_without_a_prompt_every_line_of_standard_input_is_one(command, run_folder, picture, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A cat?\n\nRed?\n"))
+    code, out, _ = command("sample", "--model", run_folder, "--image", picture, "--max-new-tokens", 3)
+    assert code == 0 and out.count("\n") >= 2
+
+
+def test_a_question_with_a_picture_mark_does_not_end_a_chat(command, run_folder, picture, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<image> A cat?\nRed?\n"))
+    code, out, error = command("sample", "--model", run_folder, "--image", picture, "--max-new-tokens", 1)
+    assert code == 0 and out.count("\n") == 1 and "--image says" in error
+
+
+def test_the_same_seed_draws_the_same_reply(command, run_folder, picture):
+    ask = ("sample", "--model", run_folder, "--image", picture, "--prompt", "What?", "--temperature", 1,
+           "--max-new-tokens", 20, "--seed")
+    assert command(*ask, 1) == command(*ask, 1) != command(*ask, 2)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--image", "none.jpg"], ["no picture at none.jpg"]),
+    (["--image", "text.jpg"], ["text.jpg is not a picture"]),
+    (["--prompt", " "], ["--prompt is empty"]),
+    (["--prompt", "<image>?"], ["<image>"]),
+    (["--model", "nowhere"], ["no model folder at nowhere"]),
+    (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+    (["--temperature", "nan"], ["--temperature"]),
+    (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
+    (["--top-p", "2"], ["--top-p"]),
+    (["--device", "tpu"], ["--device tpu"]),
+])
+def test_a_mistake_in_sampling_is_one_line(command, run_folder, tmp_path, arguments, words):
+    (tmp_path / "text.jpg").write_text("hello")
+    code, out, error = command("sample", "--model", run_folder, "--prompt", "What?", *arguments)
+    assert (code, out) == (2, "") and is_one_line(error, *words)
+
+
+def test_without_a_toy_run_it_says_how_to_make_one(command):
+    code, out, error = command("sample", "--prompt", "What?")
+    assert (code, out) == (2, "") and is_one_line(error, "python train.py")
+
+
+def test_a_stage_1_model_is_announced(command, run_folder, model, tokenizer):
+    model.config.stage = 1
+    model.save_pretrained(run_folder, [tokenizer.path])
+    _, _, error = command("sample", "--model", run_folder, "--prompt", "What?", "--max-new-tokens", 2)
+    assert "stage 1 only" in error
+
+
+# ---------------------------------------------------------------------------------------------
+# prepare_data.py
+
+
+def test_the_toy_world_is_drawn_once_and_not_drawn_over(command, tmp_path):
+    arguments = ("prepare_data", "toy", "--out", tmp_path / "toy", "--scenes", 3)
+    assert command(*arguments)[:2] == (0, f"{tmp_path / 'toy'}\n")
+    assert len(read_json(tmp_path / "toy" / "pretrain.json")) == 3
+    code, _, error = command(*arguments)
+    assert code == 2 and is_one_line(error, tmp_path / "toy")
+
+
+def test_show_prints_what_is_trained_on(command, world):
+    code, out, _ = command("prepare_data", "show", "--data", world / "instruct.json", "--row", 0)
+    assert code == 0 and "\033[32m" in out and "</s>" in out
+    code, _, error = command("prepare_data", "show", "--data", world / "instruct.json", "--row", 10_000)
+    assert code == 2 and is_one_line(error, "--row 10000")
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "prepare_data"])
+def test_help_shows_examples(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0 and f"    python {name}.py" in out
+
+
+def test_preparing_data_does_not_wait_for_torch():
+    """Importing torch takes seconds, and the help, the drawing and the asking need none of it."""
+    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_sampling_waits_for_nothing_of_torch_that_it_does_not_use():
+    """Its compiler takes a second to import, its writer of checkpoints half of one."""
+    code = """if True:
+        import sys, sample, torch
+        from nanollava.llava import Llava
+        Llava.from_parts("assets/toy-clip", "assets/toy-llama")
+        sys.exit(" ".join({"torch._dynamo", "torch.distributed.checkpoint"} & sys.modules.keys()) or 0)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# prepare_data.py instruct
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """--captions and --instances of forty pictures, written as COCO does."""
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 50} for n in range(40)]
+    captions = [{"id": n, "image_id": n, "caption": f"Cat number {n}."} for n in range(40)]
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 50, 50]} for n in range(40)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    (tmp_path / "instances.json").write_text(json.dumps(
+        {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}))
+    return "--captions", tmp_path / "captions.json", "--instances", tmp_path / "instances.json"
+
+
+@pytest.fixture
+def teacher_server(server):
+    """A server that answers as the teacher should, and says where it is."""
+    server.reply = lambda body: "Question:\nWhat?\n===\nAnswer:\n" + body["messages"][-1]["content"].splitlines()[0]
+    return "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--model", "toy"
+
+
+def test_instruct_writes_llava_json_and_buys_nothing_twice(command, coco, teacher_server, server, tmp_path):
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
+                 "--kind", "reasoning")
+    code, out, error = command(*arguments, "--limit", 30)
+    assert (code, out) == (0, f"{tmp_path / 'out.json'}\n") and "30 of 30 pictures" in error
+    asked = server.heard[-1]["messages"][-1]["content"]
+    assert "Cat number" in asked and "cat: [0.000, 0.000, 0.500, 1.000]" in asked
+    assert command(*arguments)[0] == 0 and len(server.heard) == 40
+    rows = read_json(tmp_path / "out.json")
+    assert [row["image"] for row in rows] == [f"{n}.jpg" for n in range(40)]
+    assert rows[7]["conversations"][1]["value"] == "Cat number 7."
+    before = (tmp_path / "out.json").read_bytes()
+    assert command(*arguments)[0] == 0 and len(server.heard) == 40
+    assert (tmp_path / "out.json").read_bytes() == before
+    assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("out*"))
+
+
+def test_what_was_bought_is_handed_over_however_the_job_ends(command, coco, teacher_server, server, tmp_path):
+    server.moods = [None] * 6 + [(429, {"message": "no credit", "code": "insufficient_quota"})]
+    code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
+                             "--workers", 1)
+    assert code == 2 and "no credit" in error
+    assert "6 of 40 pictures, 0 given up after 3 replies, 34 still to be asked about" in error
+    assert len(read_json(tmp_path / "out.json")) == 6
+
+
+def test_one_file_holds_one_kind(command, coco, teacher_server, tmp_path):
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json", "--limit", 3)
+    assert command(*arguments)[0] == 0
+    before = (tmp_path / "out.json").read_bytes()
+    for other in (["--kind", "reasoning"], ["--model", "other"]):
+        code, _, error = command(*arguments, *other)
+        assert code == 2 and "another kind or model" in error
+    assert (tmp_path / "out.json").read_bytes() == before
+
+
+def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp_path, command):
+    """A process of its own, killed like by a power cut after some answers; the next run buys the rest, once."""
+    arguments = ["instruct", *map(str, (*coco, *teacher_server)), "--out", str(tmp_path / "out.json"), "--workers", "3"]
+    process = subprocess.Popen([sys.executable, Path(__file__).parents[2] / "prepare_data.py", *arguments],
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    reply, paid = server.reply, []
+
+    def slowly(body):
+        if len(server.heard) >= 10:
+            process.kill()
+            process.wait()
+        paid.append(body["messages"][-1]["content"])
+        return reply(body)
+
+    server.reply = slowly
+    process.wait(timeout=60)
+    assert process.returncode == -9 and not (tmp_path / "out.json").exists()
+    ledger = tmp_path / "out.json.ledger.jsonl"
+    kept = [json.loads(line)["text"] for line in ledger.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    server.reply, server.heard[:] = reply, []
+    assert command("prepare_data", *arguments)[0] == 0
+    assert len(server.heard) == 40 - len(kept) and len(kept) >= 7  # at most the three under way were lost
+    assert len(read_json(tmp_path / "out.json")) == 40
+
+
+def test_a_dry_run_needs_no_key_and_prints_what_would_be_asked(command, coco, monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    arguments = ("prepare_data", "instruct", *coco, "--out", tmp_path / "new" / "out.json")
+    code, out, error = command(*arguments, "--dry-run", "--price", "30,60")
+    assert code == 0 and out.count("[user]") == 3 and "Cat number 0." in out
+    assert "40 of 40 pictures are still to be asked about" in error and "$" in error
+    assert not (tmp_path / "new").exists()
+    code, out, error = command(*arguments)
+    assert code == 2 and is_one_line(error, "OPENAI_API_KEY")
+
+
+def test_a_dry_run_counts_what_is_still_to_be_bought(command, coco, teacher_server, tmp_path):
+    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json")
+    command(*arguments, "--limit", 30)
+    _, out, error = command(*arguments, "--dry-run")
+    assert "10 of 40 pictures are still to be asked about" in error and "Cat number 30." in out
+    command(*arguments)
+    assert "0 of 40 pictures are still to be asked about: about 0 tokens" in command(*arguments, "--dry-run")[2]
+
+
+def test_instruct_says_at_once_why_a_picture_failed_and_in_the_end_what_was_rejected(
+        command, coco, teacher_server, server, tmp_path):
+    server.moods = [(400, {"message": "too long for me"}), (200, {"choices": [{"message": {"content": "What?"}}]})]
+    code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
+                             "--workers", 1)
+    assert code == 0 and error.startswith("one of the pictures failed: 400 too long for me\n")
+    assert "39 of 40 pictures" in error and "1 failed: 400 too long for me" in error
+    assert "1 rejected: a block does not begin with 'Question:'" in error
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]),
+    (["--base-url", "localhost"], ["--base-url"]), (["--captions", "none.json"], ["none.json"]),
+])
+def test_a_mistake_in_instruct_is_one_line(command, coco, tmp_path, arguments, words):
+    code, out, error = command("prepare_data", "instruct", *coco[:2], "--out", tmp_path / "out.json", *arguments)
+    assert (code, out) == (2, "") and is_one_line(error, *words)
+
+
+def test_captions_and_stats(command, coco, tmp_path):
+    code, out, error = command("prepare_data", "captions", *coco[:2], "--out", tmp_path / "pretrain.json")
+    assert code == 0 and "40 of 40 captions" in error
+    code, out, _ = command("prepare_data", "stats", tmp_path / "pretrain.json")
+    assert code == 0 and out.split()[:2] == ["rows", "40"]
+
+
+def test_scienceqa_from_problems_to_the_table(command, parts, world, tmp_path):
+    from tests.benchmarks.test_scienceqa import COMET, NOUN
+
+    data = tmp_path / "sqa"
+    (data / "test" / "7").mkdir(parents=True)
+    (data / "test" / "7" / "image.png").write_bytes((world / "images" / "train_000000.png").read_bytes())
+    (data / "problems.json").write_text(json.dumps({"7": COMET, "8": NOUN}))
+    (data / "pid_splits.json").write_text(json.dumps({"test": ["7", "8"]}))
+    code, out, error = command("prepare_data", "scienceqa", "--data", data, "--split", "test", "--out", "sqa.json")
+    assert (code, out) == (0, "sqa.json\n") and "2 problems, 1 with a picture" in error
+    assert command("train", "--stage", 2, *parts, "--data", "sqa.json", "--images", data, "--out", "run")[0] == 0
+    code, out, error = command("nanollava.evaluate", "scienceqa", "--data", data, "--model", "run", "--out", "out.json",
+                               "--device", "cpu")
+    assert code == 0 and "AVG" in out and "2 replies name no option" in error
+    assert read_json("out.json")["accuracy"]["AVG"] == 0.0
+    (tmp_path / "answers.jsonl").write_text('{"question_id": 7, "text": "B"}\n{"question_id": 8, "text": "C"}\n')
+    code, out, _ = command("nanollava.evaluate", "scienceqa", "--data", data, "--answers", "answers.jsonl")
+    assert code == 0 and out.splitlines()[-1].split() == ["AVG", "50.0%"]
+
+
+def test_a_run_has_a_page_and_gets_replies_on_it(command, parts, world):
+    data = ["--data", world / "instruct.json", "--images", world / "images"]
+    assert command("train", "--stage", 2, *parts, *data, "--out", "run")[0] == 0
+    page = Path("run/report.html")
+    assert "<polyline" in page.read_text() and "<img" not in page.read_text()
+    code, out, _ = command("nanollava.evaluate", "report", "--model", "run", *data, "--limit", 2, "--device", "cpu")
+    assert (code, out) == (0, "run/report.html\n")
+    assert "<polyline" in page.read_text() and page.read_text().count("<img") == 2
+
+
+def test_gpt_complements_our_answers_and_judges_between(command, server, tmp_path):
+    from tests.benchmarks.test_scienceqa import COMET, NOUN
+
+    (tmp_path / "problems.json").write_text(json.dumps({"7": COMET, "8": NOUN}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["8"], "test": ["7", "8"]}))
+    (tmp_path / "ours.jsonl").write_text('{"question_id": 7, "text": "B"}\n{"question_id": 8, "text": "C"}\n')
+
+    def reply(body):
+        if "Two others" in body["messages"][0]["content"]:
+            return "The answer is A."  # wrong, both times
+        return "I see no picture." if "a comet" in body["messages"][-1]["content"] else "The answer is B."
+
+    server.reply = reply
+    asks = ("nanollava.evaluate", "scienceqa", "--data", tmp_path, "--answers", "ours.jsonl", "--ensemble", "gpt",
+            "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--out", "out.json")
+    for _ in range(2):
+        code, out, _ = command(*asks)
+        assert code == 0 and out.splitlines()[0].split() == ["LLaVA", "GPT-4", "complement", "judge"]
+        assert out.splitlines()[-1].split() == ["AVG", "50.0%", "50.0%", "100.0%", "0.0%"]
+    assert len(server.heard) == 4  # two problems, both in dispute; the second run buys nothing
+    found = read_json("out.json")
+    assert found["accuracy"]["AVG"] == 50 and found["judge"]["accuracy"]["AVG"] == 0
+
+
+def test_the_bench_is_judged_once(command, server, tmp_path):
+    for name, row in {"q": {"question_id": 1, "image": "7.jpg", "text": "What?", "category": "conv"},
+                      "r": {"question_id": 1, "text": "A cat."}, "a": {"question_id": 1, "text": "A dog."},
+                      "c": {"image": "7.jpg", "caption": "A cat."}}.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    server.reply = lambda body: "8 6\nIt is a cat."
+    asks = ("nanollava.evaluate", "bench", "--questions", "q", "--reference", "r", "--context", "c", "--answers", "a",
+            "--out", "out.json", "--base-url", f"http://127.0.0.1:{server.server_port}/v1")
+    for _ in range(2):
+        code, out, _ = command(*asks)
+        assert code == 0 and out.splitlines()[-1].split() == ["all", "75.0%"]
+    assert len(server.heard) == 1
+    assert read_json("out.json")["grades"][0]["reasons"] == "It is a cat."
