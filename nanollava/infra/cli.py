@@ -1,4 +1,4 @@
-"""Command lines: arguments, examples, and mistakes that end in one line."""
+"""Command lines: arguments with examples, flags that must have an effect, one-line errors."""
 
 import argparse
 import contextlib
@@ -11,12 +11,32 @@ from .progress import IS_RANK0, print0
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a command whose docstring says what it does, then gives examples; mistakes take one line."""
+    """An argument parser whose help is a docstring: a summary, a blank line, examples.
+
+    After parsing, `arguments.typed` holds the flags that the user typed ("--data"), and
+    `arguments.settings` every option with its value, typed or default ("--temperature 0.0").
+    `check_flags` reads both.
+    """
 
     def __init__(self, doc: str, **options):
         summary, _, examples = doc.partition("\n\n")
-        super().__init__(description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **options)
+        super().__init__(
+            description=summary, epilog=examples, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        arguments, rest = super().parse_known_args(words, namespace)
+        words = {word.partition("=")[0] for word in words}
+        typed, settings = set(), set()
+        for action in self._actions:
+            for flag in action.option_strings:
+                typed |= {flag} & words
+                settings.add(f"{flag} {getattr(arguments, action.dest, None)}")
+        # a subcommand's parser has filled these in before its parent does
+        arguments.typed = getattr(arguments, "typed", set()) | typed
+        arguments.settings = getattr(arguments, "settings", set()) | settings
+        return arguments, rest
 
     def error(self, message: str):
         print0(f"error: {message} (see {self.prog} --help)")
@@ -24,12 +44,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands, name: str, doc: str) -> Parser:
-    """A command of a parser's `add_subparsers(parser_class=Parser)`, with what it does in one line."""
+    """A command of a parser's `add_subparsers(parser_class=Parser)` with a one-line description."""
     return commands.add_parser(name, doc=doc, help=doc.rstrip("."))
 
 
+def check_flags(arguments, needs: dict, conflicts: dict) -> None:
+    """Refuse every typed flag that would have no effect.
+
+    needs: {flag: (other, ...)}: the flag acts only together with one of the others.
+    conflicts: {(flag, other): reason}: the flag has no effect beside the other.
+    Another flag is "--model" (typed) or "--stage 0" (its value, typed or default).
+    Raises InputError that names both flags.
+    """
+    present = arguments.typed | arguments.settings
+    for flag, others in needs.items():
+        if flag in arguments.typed and not present.intersection(others):
+            raise InputError(f"{flag} has no effect without {' or '.join(others)}")
+    for (flag, other), reason in conflicts.items():
+        if flag in arguments.typed and other in present:
+            raise InputError(f"{flag} has no effect with {other}: {reason}")
+
+
 def positive(number: type):
-    """The type of an argument that must be above zero: int or float."""
+    """The type of an argument that must be finite and above zero: int or float."""
 
     def convert(text: str):
         value = number(text)
@@ -42,7 +79,7 @@ def positive(number: type):
 
 
 def seed(text: str) -> int:
-    """The type of an argument that random numbers begin with."""
+    """The type of a --seed argument."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise ValueError
@@ -55,17 +92,18 @@ def one_line_errors():
     try:
         yield
     except InputError as error:
-        if not IS_RANK0:  # most mistakes are every process's; torchrun ends the others when the first one has told it
+        if not IS_RANK0:  # all ranks make the same mistake; torchrun ends them once rank 0 reports it
             time.sleep(5)
-        # one that comes from a DataLoader's worker has a whole traceback before it
-        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr, flush=True)
+        # an error from a DataLoader worker arrives behind the worker's traceback
+        message = str(error).rpartition("InputError: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print0("\nstopped")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
+    except BrokenPipeError:  # the reader of our output is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a folder that is a file, a full disk, a place that may not be written
+    except OSError as error:  # a full disk, a file where a folder should be, missing permissions
         print0(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         sys.exit(2)

@@ -1,6 +1,5 @@
 import pytest
 
-from nanollava.infra.cli import one_line_errors, positive
 from nanollava.infra.io import InputError, read_json, whole_file, write_json
 
 
@@ -19,18 +18,3 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write .*file"):
         write_json(tmp_path / "file" / "a.json", 1)
-
-
-def test_a_mistake_is_one_line_and_exit_code_2(capsys):
-    with pytest.raises(SystemExit) as exit:
-        with one_line_errors():
-            raise InputError("row 3 is empty")
-    assert exit.value.code == 2
-    assert capsys.readouterr() == ("", "error: row 3 is empty\n")
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "x", "inf", "nan"])
-def test_positive_numbers_only(text):
-    with pytest.raises(ValueError):
-        positive(float)(text)
-    assert positive(int)("3") == 3
