@@ -86,6 +86,20 @@ def seed(text: str) -> int:
     return value
 
 
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table as text: the first column aligned left, the others right, three spaces between them.
+
+    A row that is shorter than the header ends with empty cells.
+    """
+    lines = [header, *(row + [""] * (len(header) - len(row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        texts.append("   ".join(cells).rstrip())
+    return "\n".join(texts)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Around a command: a user's mistake ends it with one line on standard error and exit code 2."""

@@ -1,6 +1,6 @@
 import pytest
 
-from nanollava.infra.cli import Parser, check_flags, one_line_errors, positive
+from nanollava.infra.cli import Parser, check_flags, format_table, one_line_errors, positive
 from nanollava.infra.io import InputError
 
 NEEDS = {"--top": ("--data", "--stage 2")}
@@ -52,3 +52,11 @@ def test_user_error_is_one_line_and_exit_code_2(capsys):
             raise InputError("row 3 is empty")
     assert exit.value.code == 2
     assert capsys.readouterr() == ("", "error: row 3 is empty\n")
+
+
+def test_table_aligns_numbers_right_and_fills_short_rows():
+    text = format_table(["kind", "here", "paper"], [["all", "7.2%", "88%"], ["counts", "100.0%"]])
+    assert text == (
+        "kind       here   paper\n"
+        "all        7.2%     88%\n"
+        "counts   100.0%")
