@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .benchmarks import scienceqa
 from .infra.cli import Parser, add_command, one_line_errors, positive
-from .infra.io import InputError, read_json, read_json_list, read_jsonl, whole_file, write_json
+from .infra.io import InputError, atomic_write, read_json, read_json_list, read_jsonl, write_json
 from .infra.progress import print0
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
@@ -128,7 +128,7 @@ def evaluate_toy(arguments) -> None:
     if arguments.out:
         write_json(arguments.out, columns, indent=2)
     if arguments.picture:
-        with whole_file(arguments.picture) as beside:
+        with atomic_write(arguments.picture) as beside:
             gallery(rows, said, arguments.data / "images").save(beside, "PNG")
 
 

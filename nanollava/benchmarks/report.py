@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..conversation import IMAGE_TOKEN
 from ..image import open_image
-from ..infra.io import whole_file
+from ..infra.io import atomic_write
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 240, 48, 28  # of a curve, and of its margins, in pixels
 THUMBNAIL = 320  # pixels of the longer side of a photograph
@@ -145,5 +145,5 @@ def write_report(path: Path, title: str, curves: dict[str, list[dict]], columns=
     page = (f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>'
             f"<h1>{escape(title)}</h1>{''.join(parts)}</html>\n")
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(page, encoding="utf-8", errors="replace")

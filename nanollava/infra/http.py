@@ -14,7 +14,7 @@ from .io import InputError
 LONGEST_WAIT = 3600.0  # seconds between two attempts, however long a server asks for
 
 
-def secret(name: str) -> str:
+def read_api_key(name: str) -> str:
     """A key from the environment, "" where there is none. Raises InputError if it cannot be one, without showing it."""
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -22,7 +22,7 @@ def secret(name: str) -> str:
     return key
 
 
-class Bearer:
+class BearerAuth:
     """Signs requests with a key. Given as `auth`, it goes before what a ~/.netrc may say."""
 
     def __init__(self, key: str, header: str = "Authorization", before: str = "Bearer "):
@@ -34,12 +34,12 @@ class Bearer:
         return request
 
 
-def is_no_address(error: requests.RequestException) -> bool:
+def is_invalid_request(error: requests.RequestException) -> bool:
     """True for what no patience mends: an address, or a header, that cannot be one."""
     return isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError)
 
 
-def pause(attempt: int, headers) -> float:
+def retry_delay(attempt: int, headers) -> float:
     """Seconds to wait before attempt 1, 2, ...: twice as long each time, or as long as the server asks for if that is
     longer; and a random share more, lest all workers come back at once."""
     wanted, seconds = (headers or {}).get("Retry-After", ""), 0.0

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path):
+def atomic_write(path: str | Path):
     """Yield a path beside `path` to write to; it takes the name, in one step, once it is safe on the disk.
 
     Raises InputError where the place cannot be written.
@@ -42,7 +42,7 @@ def whole_file(path: str | Path):
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path):
+def atomic_folder(folder: str | Path):
     """Yield an empty folder beside `folder` to fill; it takes the name, in one step, once it is full.
 
     Raises InputError where the folder is there already, or cannot be written.
@@ -62,7 +62,7 @@ def new_folder(folder: str | Path):
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
         beside.write_text(text, encoding="utf-8", errors="replace")  # half a character is "?"
 
@@ -121,7 +121,7 @@ def read_jsonl(path: str | Path, needs: tuple[str, ...] = ()) -> list[dict]:
     return found
 
 
-def lock(file, name) -> None:
+def lock_file(file, name) -> None:
     """Keep an open file for this run until it is closed. Raises InputError, saying that `name` is in use, if it is."""
     try:
         if fcntl:

@@ -26,12 +26,12 @@ def clock(seconds: float) -> str:
 class Progress:
     """`with Progress("stage 1", 200, "steps") as progress: progress.update(done, "loss 1.23")`.
 
-    `begun`: how much was done before, by a run that was stopped. On a terminal the line rewrites itself ten times a
+    `initial`: how much was done before, by a run that was stopped. On a terminal the line rewrites itself ten times a
     second; elsewhere a line comes every ten seconds.
     """
 
-    def __init__(self, label: str, total: int, unit: str, begun: int = 0):
-        self.label, self.total, self.unit, self.begun = label, total, unit, begun
+    def __init__(self, label: str, total: int, unit: str, initial: int = 0):
+        self.label, self.total, self.unit, self.initial = label, total, unit, initial
         self.start = self.shown = time.monotonic()
         self.last = None  # (done, note), until it has a line of its own
 
@@ -47,7 +47,7 @@ class Progress:
 
     def show(self, end: str) -> None:
         (done, note), elapsed = self.last, max(time.monotonic() - self.start, 1e-9)
-        rate = (done - self.begun) / elapsed
+        rate = (done - self.initial) / elapsed
         left = clock((self.total - done) / rate) if rate > 0 else "?"
         print(f"{CLEAR if sys.stderr.isatty() else ''}{self.label}  {done}/{self.total} {self.unit}  "
               f"{note + '  ' if note else ''}{rate:.1f} {self.unit}/s  {clock(elapsed)} gone, {left} left",
@@ -55,7 +55,7 @@ class Progress:
         if end:
             self.last = None
 
-    def tell(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Something to be read at once, on a line above."""
         print(f"{CLEAR if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
 

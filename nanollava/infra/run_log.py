@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from . import distributed
-from .io import whole_file
+from .io import atomic_write
 from .progress import Progress
 
 
@@ -31,7 +31,7 @@ class Log:
 
     def rewrite(self, path: Path, rows: list[dict]) -> None:
         """Without what a stopped run did after its last checkpoint."""
-        with whole_file(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self):

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from ..infra.http import Bearer, is_no_address, pause, secret
+from ..infra.http import BearerAuth, is_invalid_request, read_api_key, retry_delay
 from ..infra.io import InputError
 from .ledger import Answer, RequestError, guess_tokens
 
@@ -33,7 +33,7 @@ class Chat:
     def __init__(self, model: str, base_url: str = OPENAI, timeout: float = 600.0):
         self.model, self.timeout, self.stop, self.reached = model, timeout, threading.Event(), False
         self.options = {"temperature": 1.0, "max_tokens": 2048}
-        self.key = secret("OPENAI_API_KEY")
+        self.key = read_api_key("OPENAI_API_KEY")
         if base_url == OPENAI and not self.key:
             raise InputError("there is no key: set OPENAI_API_KEY, or name a server that needs none with --base-url")
         try:
@@ -48,12 +48,12 @@ class Chat:
         self.shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{path}"
         secrets = (self.key, address.query, address.username, address.password)
         self.hidden = [text for text in secrets if text and len(text) >= 4]
-        self.auth = Bearer(self.key, "api-key", "") if host.endswith(".azure.com") else Bearer(self.key)
+        self.auth = BearerAuth(self.key, "api-key", "") if host.endswith(".azure.com") else BearerAuth(self.key)
 
     def __call__(self, messages: list[dict]) -> Answer:
         problem, headers = "", None
         for attempt in range(ATTEMPTS):
-            if attempt > 0 and self.stop.wait(pause(attempt, headers)):
+            if attempt > 0 and self.stop.wait(retry_delay(attempt, headers)):
                 raise RequestError("stopped")
             headers = None
             try:
@@ -68,7 +68,7 @@ class Chat:
             except requests.RequestException as error:
                 problem = self.clean(f"{type(error).__name__}: {error}")
                 nobody = "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error)
-                if is_no_address(error) or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
+                if is_invalid_request(error) or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
                     raise InputError(f"cannot reach {self.shown}: {problem}") from None
             except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:  # JSON, but no answer
                 problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..conversation import IMAGE_TOKEN
-from ..infra.io import InputError, read_json, whole_file
+from ..infra.io import InputError, atomic_write, read_json
 from ..infra.progress import progress
 from .coco import read_coco
 from .prompts import BRIEF, conversation
@@ -133,7 +133,7 @@ def write_pretrain(source: Path, out: Path, seed: int, balance: bool) -> tuple[i
     if balance:
         counted = progress(read_pairs(source), "counting phrases", "captions", count)
         kept = set(balanced((caption for _, caption in counted), seed))
-    with whole_file(out) as beside, open(beside, "w", encoding="utf-8") as file:
+    with atomic_write(out) as beside, open(beside, "w", encoding="utf-8") as file:
         for number, (image, caption) in enumerate(progress(read_pairs(source), "writing", "captions", count)):
             if kept is None or number in kept:
                 row = json.dumps(pretrain_row(number, image, caption, seed), ensure_ascii=False)

@@ -133,7 +133,7 @@ class Job:
                 in_a_row = in_a_row + 1 if problem else 0
                 if problem:
                     if not failed:
-                        progress.tell(f"one of the {self.unit} failed: {problem}")
+                        progress.write(f"one of the {self.unit} failed: {problem}")
                     failed[problem] += 1
                 if in_a_row >= 10 + workers:
                     raise InputError(f"{in_a_row} {self.unit} in a row failed, the last for this: {problem}")

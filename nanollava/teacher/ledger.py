@@ -7,7 +7,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..infra.io import InputError, lock
+from ..infra.io import InputError, lock_file
 
 
 class RequestError(ValueError):
@@ -44,7 +44,7 @@ class Ledger:
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")
-        lock(self.file, self.path)
+        lock_file(self.file, self.path)
         whole = self.load()
         try:
             self.file.write(b" " * ROOM)  # before anything is bought: is there room to keep it?

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 from ..conversation import INSTRUCTION_KINDS
-from ..infra.io import new_folder, write_json
+from ..infra.io import atomic_folder, write_json
 from ..infra.progress import progress
 from ..teacher import prompts
 from ..teacher.captions import pretrain_row
@@ -56,7 +56,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
     rng = random.Random(seed)
     images, captions, instances, pretrain, wanted, test = [], [], [], [], [], []
     training, testing = scene.scenes(rng), scene.scenes(rng, held_out=True)
-    with new_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         (beside / "images").mkdir()
         for number in progress(range(count + tests), "toy world", "pictures"):
             things = next(training if number < count else testing)
@@ -104,7 +104,7 @@ def write_bench(folder: str | Path, seed: int = 0, count: int = 200) -> None:
     """A LLaVA-Bench of the toy world in a new folder: about each of `count` held-out pictures one question of each of
     the three kinds, in test.json as `write_world`'s; a truth takes GPT-4's place."""
     rng, test = random.Random(seed), []
-    with new_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         (beside / "images").mkdir()
         for number, things in zip(range(count), scene.scenes(rng, held_out=True)):
             file = f"{number:06d}.png"

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from ..benchmarks.scienceqa import SPLITS
-from ..infra.io import new_folder, write_json
+from ..infra.io import atomic_folder, write_json
 from ..infra.progress import progress
 from . import questions, scene
 
@@ -114,7 +114,7 @@ def write_problems(folder: str | Path, seed: int = 0, train: int = 6400, tests: 
     rng, problems, splits = random.Random(seed), {}, {split: [] for split in SPLITS}
     training, testing = scene.scenes(rng), scene.scenes(rng, held_out=True)
     wanted = [split for split, count in zip(SPLITS, (train, tests, tests)) for _ in range(count)]
-    with new_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         for number, split in enumerate(progress(wanted, "toy problems", "problems"), 1):
             held_out = split != "train"
             made, things = draw_problem(testing if held_out else training, held_out, rng)

@@ -16,7 +16,7 @@ import sentencepiece
 
 from ..benchmarks import scienceqa
 from ..conversation import IMAGE_TOKEN, TEMPLATES
-from ..infra.io import whole_file
+from ..infra.io import atomic_write
 from ..infra.progress import print0
 from ..llava import Llava
 from ..teacher import prompts
@@ -51,7 +51,7 @@ def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
         character_coverage=1.0, required_chars=string.printable.strip(),
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         user_defined_symbols=["\n", *(text.replace(" ", "▁") for text in WHOLE)], minloglevel=2)
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(model.getvalue())
     return Tokenizer(path)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..conversation import TEMPLATES
-from ..infra.io import InputError, read_json, whole_file, write_json
+from ..infra.io import InputError, atomic_write, read_json, write_json
 
 # ---------------------------------------------------------------------------------------------
 # config.json
@@ -281,7 +281,7 @@ def write(folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], fi
     folder = Path(folder)
     (folder / "config.json").unlink(missing_ok=True)
     for path in map(Path, files):
-        with whole_file(folder / path.name) as beside:
+        with atomic_write(folder / path.name) as beside:
             shutil.copyfile(path, beside)
     write_tensors(folder, tensors)
     write_json(folder / "config.json", config, indent=2)
@@ -314,7 +314,7 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     file_of = {name: "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                for number, names in enumerate(shards, 1) for name in names}
     for names in shards:
-        with whole_file(folder / file_of[names[0]]) as beside:
+        with atomic_write(folder / file_of[names[0]]) as beside:
             shard = {name: tensors[name].detach().contiguous().cpu() for name in names}
             try:
                 save_file(shard, beside, metadata={"format": "pt"})

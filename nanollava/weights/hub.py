@@ -18,8 +18,8 @@ from urllib.parse import quote
 import requests
 import torch
 
-from ..infra.http import Bearer, is_no_address, pause, secret
-from ..infra.io import InputError, lock
+from ..infra.http import BearerAuth, is_invalid_request, read_api_key, retry_delay
+from ..infra.io import InputError, lock_file
 from ..infra.progress import Progress
 from .hf_format import write_tensors
 
@@ -34,7 +34,7 @@ def get(url: str, start: int = 0) -> requests.Response:
     Raises InputError for what asking again would not change, requests.RequestException for what it may.
     """
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    answer = requests.get(url, headers=headers, auth=Bearer(secret("HF_TOKEN")), stream=True, timeout=30)
+    answer = requests.get(url, headers=headers, auth=BearerAuth(read_api_key("HF_TOKEN")), stream=True, timeout=30)
     if answer.status_code in (401, 403):
         raise InputError(f"{url}: the hub refuses ({answer.status_code}): there is no such repository, or it is "
                          "private or asks for consent: give that on its page and set HF_TOKEN")
@@ -54,9 +54,9 @@ def patiently(attempt, come=lambda: 0):
         except requests.RequestException as error:
             failures = 1 if come() > most else failures + 1
             most = max(most, come())
-            if is_no_address(error) or failures > ATTEMPTS:
+            if is_invalid_request(error) or failures > ATTEMPTS:
                 raise InputError(f"{error} (the same command goes on where it stopped)") from error
-            time.sleep(pause(failures, getattr(error.response, "headers", None)))
+            time.sleep(retry_delay(failures, getattr(error.response, "headers", None)))
 
 
 def needed(names: list[str]) -> list[str]:
@@ -137,7 +137,7 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
         return sum(map(size_of, place.values())) // 10**6
 
     with open(waiting / "lock", "w") as file:
-        lock(file, out)
+        lock_file(file, out)
         for stray in {*whole.iterdir()} - {*place.values()}:  # of a conversion that was killed
             stray.unlink()
         missing = sum(sizes[name] * (1 + name.endswith(".bin")) - size_of(place[name]) for name in names)

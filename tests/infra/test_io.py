@@ -1,13 +1,13 @@
 import pytest
 
-from nanollava.infra.io import InputError, read_json, whole_file, write_json
+from nanollava.infra.io import InputError, atomic_write, read_json, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"x": "é"})
     assert read_json(tmp_path / "new" / "a.json") == {"x": "é"}
     with pytest.raises(RuntimeError):
-        with whole_file(tmp_path / "new" / "a.json") as beside:
+        with atomic_write(tmp_path / "new" / "a.json") as beside:
             beside.write_text("half")
             raise RuntimeError
     assert read_json(tmp_path / "new" / "a.json") == {"x": "é"}

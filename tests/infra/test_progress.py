@@ -20,7 +20,7 @@ def test_a_note_and_the_rate_stand_in_the_line(capsys):
 
 def test_what_is_told_stands_on_a_line_of_its_own_and_no_line_comes_twice(capsys, monkeypatch):
     with Progress("stage 1", 10, "steps") as line:
-        line.tell("a picture failed")
+        line.write("a picture failed")
         line.shown -= 10
         line.update(10)
     assert capsys.readouterr().err.count("\n") == 2
