@@ -163,7 +163,7 @@ def ask_teacher(arguments) -> None:
         print_plan(job, arguments.price)
         return
     with ledger:
-        missing, failed = job.open(), {}
+        missing, failed = job.pending(), {}
         try:
             if missing:
                 chat = Chat(model, arguments.base_url, timeout=arguments.timeout)
@@ -196,7 +196,7 @@ def hand_over(job: Job, out: Path) -> bool:
 
 def print_plan(job: Job, prices: tuple[float, float]) -> None:
     """What would be asked about one picture, and what all that is not yet in the ledger would cost."""
-    missing = job.open()
+    missing = job.pending()
     for message in job.messages((missing or job.items)[0]):
         print(f"[{message['role']}]\n{message['content']}\n")
     read, written = prompts.estimate(job.kind, missing)

@@ -190,7 +190,7 @@ def evaluate_scienceqa(arguments) -> None:
 
 def ask(job: Job, arguments) -> list:
     """What is wanted of each item of a job, None where there is none, after asking for what the ledger lacks."""
-    if job.open():
+    if job.pending():
         job.run(Chat(arguments.gpt, arguments.base_url), arguments.workers)
     return job.result()[0]
 

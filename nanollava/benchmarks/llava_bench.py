@@ -75,8 +75,8 @@ def job(items: list[dict], both_orders: bool, ledger: Ledger, model: str) -> Job
     """All that the judge is to be asked; a result is a grade. As in the paper the reference stands first; in both
     orders, what the judge gives for standing first cancels out."""
     asked = [(item, ours_first) for item in items for ours_first in ((False, True) if both_orders else (False,))]
-    return Job("judge", model, ledger, asked, "replies", name=lambda pair: f"{pair[0]['id']}-{int(pair[1])}",
-               messages=lambda pair: messages(*pair), read=lambda pair, reply: grade(reply, pair[1]))
+    return Job("judge", model, ledger, asked, "replies", item_id=lambda pair: f"{pair[0]['id']}-{int(pair[1])}",
+               messages=lambda pair: messages(*pair), parse=lambda pair, reply: grade(reply, pair[1]))
 
 
 def summary(judge: Job) -> dict:

@@ -139,7 +139,7 @@ def alone(problems: dict[str, dict], examples: list[dict], ledger: Ledger, model
     """GPT-4's own answers; as in the paper it is shown two solved problems, `examples`. It may say that it cannot."""
     shown = [{"role": role, "content": text} for problem in examples
              for role, text in (("user", told(problem)), ("assistant", answer(problem)))]
-    return Job("alone", model, ledger, list(problems), "problems", name=str, read=lambda _, reply: reply,
+    return Job("alone", model, ledger, list(problems), "problems", item_id=str, parse=lambda _, reply: reply,
                messages=lambda number: [{"role": "system", "content": ALONE}, *shown,
                                         {"role": "user", "content": told(problems[number])}])
 
@@ -160,7 +160,7 @@ def judge(problems: dict[str, dict], ours: dict[str, str], theirs: dict[str, str
 
     apart = [number for number, problem in problems.items()
              if len({letter_of(texts.get(number, ""), len(problem["choices"])) for texts in (ours, theirs)}) > 1]
-    return Job("verdict", model, ledger, apart, "problems", name=str, messages=messages, read=read)
+    return Job("verdict", model, ledger, apart, "problems", item_id=str, messages=messages, parse=read)
 
 
 def complement(problems: dict[str, dict], ours: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..conversation import IMAGE_TOKEN
 from ..infra.io import InputError, atomic_write, read_json
 from ..infra.progress import progress
 from .coco import read_coco
-from .prompts import BRIEF, conversation
+from .prompts import BRIEF, make_turns
 
 # words that end a noun phrase; what stands between two of them is taken for one
 _OTHER_WORDS = frozenset("""
@@ -121,7 +121,7 @@ def pair(where: str, row) -> tuple[str, str]:
 def pretrain_row(number: int, image: str, caption: str, seed: int) -> dict:
     """A pair as a row of the LLaVA JSON: a brief question, the caption its answer."""
     rng = random.Random(f"{seed} {number}")
-    turns = conversation([rng.choice(BRIEF), caption], rng.random() < 0.5)
+    turns = make_turns([rng.choice(BRIEF), caption], rng.random() < 0.5)
     return {"id": str(number), "image": image, "conversations": turns}
 
 

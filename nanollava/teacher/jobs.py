@@ -51,30 +51,30 @@ class Job:
     the user calls the items. What comes out depends on the ledger and on these alone.
     """
 
-    def __init__(self, kind: str, model: str, ledger: Ledger, items: list, unit: str, name: Callable,
-                 messages: Callable, read: Callable):
+    def __init__(self, kind: str, model: str, ledger: Ledger, items: list, unit: str, item_id: Callable,
+                 messages: Callable, parse: Callable):
         self.kind, self.model, self.ledger, self.items, self.unit = kind, model, ledger, items, unit
-        self.name, self.messages, self.read = name, messages, read
+        self.item_id, self.messages, self.parse = item_id, messages, parse
 
     def key(self, item) -> str:
         """Names a request in the ledger: other words, or another model, are another request."""
         asked = json.dumps([self.model, self.messages(item)], ensure_ascii=True)
-        return f"{self.name(item)}-{self.kind}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        return f"{self.item_id(item)}-{self.kind}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
     def judge(self, item, answer: dict) -> tuple[object, str | None]:
         """What is wanted and None, or None and why the answer must be asked for again."""
         try:
-            found = self.read(item, answer["text"])
+            found = self.parse(item, answer["text"])
         except ValueError as error:
             return None, str(error)
-        return (found, None) if answer["whole"] else (None, "it was cut off")
+        return (found, None) if answer["complete"] else (None, "it was cut off")
 
     def replies(self, item) -> tuple[object, list[str]]:
         """What the ledger has for an item: what is wanted, from the first good answer, and why others were rejected."""
         judged = [self.judge(item, answer) for answer in self.ledger[self.key(item)]]
         return next((found for found, problem in judged if not problem), None), [why for _, why in judged if why]
 
-    def open(self) -> list:
+    def pending(self) -> list:
         """The items that still need an answer, and have not had all their tries.
 
         Raises InputError where the ledger is another job's.
@@ -120,7 +120,7 @@ class Job:
         price: dollars for a million tokens read and written, for the progress line alone. Raises InputError where
         nothing succeeds any more.
         """
-        missing, failed, in_a_row = self.open(), Counter(), 0
+        missing, failed, in_a_row = self.pending(), Counter(), 0
 
         def may_buy() -> bool:
             spent = self.ledger.prompt_tokens + self.ledger.completion_tokens

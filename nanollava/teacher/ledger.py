@@ -19,7 +19,7 @@ class Answer:
     text: str
     prompt_tokens: int
     completion_tokens: int
-    whole: bool  # False: cut off, by a limit or a filter
+    complete: bool  # False: cut off, by a limit or a filter
 
 
 def guess_tokens(text: str) -> int:
@@ -95,8 +95,8 @@ class Ledger:
             self.remember(row)
 
     def remember(self, row: dict) -> None:
-        text, whole = row["text"], row["whole"]
-        if not isinstance(text, str) or not isinstance(whole, bool):
+        row["complete"] = row.pop("whole") if "whole" in row else row["complete"]
+        if not isinstance(row["text"], str) or not isinstance(row["complete"], bool):
             raise TypeError
         self.prompt_tokens += row["prompt_tokens"]
         self.completion_tokens += row["completion_tokens"]

@@ -245,16 +245,16 @@ def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -
             raise ValueError(f"an answer speaks of a {strange[0].lower()}")
         if _NUMBERS.search(answer):
             raise ValueError("an answer gives numbers of a box")
-    return conversation(texts, rng.random() < 0.5)
+    return make_turns(texts, rng.random() < 0.5)
 
 
-def conversation(texts: list[str], picture_first: bool) -> list[dict]:
+def make_turns(texts: list[str], image_first: bool) -> list[dict]:
     """Questions and answers in turn to a LLaVA conversation, beginning with [X_v, X_q] or [X_q, X_v] (equation 2)."""
-    first = f"{IMAGE_TOKEN}\n{texts[0]}" if picture_first else f"{texts[0]}\n{IMAGE_TOKEN}"
+    first = f"{IMAGE_TOKEN}\n{texts[0]}" if image_first else f"{texts[0]}\n{IMAGE_TOKEN}"
     return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate([first, *texts[1:]])]
 
 
-def row(kind: str, picture: Picture, reply: str, seed: int) -> dict:
+def instruct_row(kind: str, picture: Picture, reply: str, seed: int) -> dict:
     """A row of the LLaVA JSON. Raises ValueError, saying why, for a reply that must be asked for again."""
     turns = parse(kind, reply, random.Random(f"{seed} {picture.id} {kind}"), picture.captions)
     return {"id": f"{picture.id}-{kind}", "image": picture.file, "conversations": turns}
@@ -262,9 +262,9 @@ def row(kind: str, picture: Picture, reply: str, seed: int) -> dict:
 
 def job(kind: str, pictures: list[Picture], ledger: Ledger, model: str, seed: int) -> Job:
     """Instruction data of one kind for pictures; its results are rows of the LLaVA JSON."""
-    return Job(kind, model, ledger, pictures, "pictures", name=lambda picture: picture.id,
+    return Job(kind, model, ledger, pictures, "pictures", item_id=lambda picture: picture.id,
                messages=lambda picture: messages(kind, picture.captions, picture.boxes),
-               read=lambda picture, reply: row(kind, picture, reply, seed))
+               parse=lambda picture, reply: instruct_row(kind, picture, reply, seed))
 
 
 def estimate(kind: str, pictures: list[Picture]) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
         for picture, kinds in zip(read_coco(*told)[0], wanted):
             for kind in kinds:
                 reply = toy_teacher(prompts.messages(kind, picture.captions, picture.boxes))
-                instruct.append(prompts.row(kind, picture, reply, seed))
+                instruct.append(prompts.instruct_row(kind, picture, reply, seed))
         write_json(beside / "pretrain.json", pretrain)
         write_json(beside / "instruct.json", instruct)
         write_json(beside / "test.json", test)
@@ -96,7 +96,7 @@ def held_out_rows(number: int, file: str, things, rng: random.Random) -> list[di
     """A question of every type about a picture, each with its `type`."""
     asked = [pair for kind in questions.QUESTIONS for pair in questions.ask(things, rng, 1, (kind,))]
     return [{"id": f"{number}-{kind}", "image": file, "type": kind,
-             "conversations": prompts.conversation([question, answer], picture_first=True)}
+             "conversations": prompts.make_turns([question, answer], image_first=True)}
             for kind, question, answer in asked]
 
 
@@ -112,6 +112,6 @@ def write_bench(folder: str | Path, seed: int = 0, count: int = 200) -> None:
             detail = (rng.choice(prompts.DETAILED), questions.description(things))
             asked = (questions.ask(things, rng, 1)[0][1:], detail, questions.ask(things, rng, 1, tuple(questions.REASONING))[0][1:])
             test += [{"id": f"{number}-{kind}", "image": file, "type": kind,
-                      "conversations": prompts.conversation(list(pair), picture_first=True)}
+                      "conversations": prompts.make_turns(list(pair), image_first=True)}
                      for kind, pair in zip(INSTRUCTION_KINDS, asked)]
         write_json(beside / "test.json", test)

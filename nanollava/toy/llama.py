@@ -147,7 +147,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
             turns, words = exam(rng, first), None
         else:
             prose, texts = not first and rng.random() < 1 / 3, (first_lesson if first else lesson)(things, rng)
-            turns = prompts.conversation(texts, picture_first=first or rng.random() < 0.5)
+            turns = prompts.make_turns(texts, image_first=first or rng.random() < 0.5)
             turns, words = (tell(turns, things, rng), None) if prose else (turns, bags(things, scene.boxes(things, rng)))
         return *tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), words
 
@@ -220,7 +220,7 @@ def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
     for things in islice(drawn, count):
         asked = [pair for kind in questions.QUESTIONS for pair in questions.ask(things, rng, 1, (kind,))]
         told_scene = bags(things, scene.boxes(things, rng))
-        turns = [prompts.conversation([question], picture_first=True) for _, question, _ in asked]
+        turns = [prompts.make_turns([question], image_first=True) for _, question, _ in asked]
         turns = [tell(turn, things, rng) for turn in turns] if prose else turns
         pictures = None if prose else told([told_scene] * len(asked), rng)
         said += replies(model, tokenizer, turns, pictures=pictures)

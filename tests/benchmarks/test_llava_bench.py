@@ -40,7 +40,7 @@ class Judge:
 
     def __call__(self, messages):
         self.asked += 1
-        return Answer("no idea" if "dog" in messages[1]["content"] else "8 7\nThe first.", 10, 2, whole=True)
+        return Answer("no idea" if "dog" in messages[1]["content"] else "8 7\nThe first.", 10, 2, complete=True)
 
 
 def test_scores_are_relative_to_the_reference_and_failures_are_in_no_mean(tmp_path):
@@ -49,7 +49,7 @@ def test_scores_are_relative_to_the_reference_and_failures_are_in_no_mean(tmp_pa
     for _ in range(2):  # the second time nothing is asked again
         with Ledger(tmp_path / "ledger") as ledger:
             job = llava_bench.job(items, both_orders=False, ledger=ledger, model="x")
-            for item in job.open():
+            for item in job.pending():
                 job.ask(item, judge, lambda: True)
             result = llava_bench.summary(job)
     assert judge.asked == 2 + 3
@@ -61,7 +61,7 @@ def test_scores_are_relative_to_the_reference_and_failures_are_in_no_mean(tmp_pa
 def test_in_both_orders_the_gain_of_standing_first_cancels_out(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         job = llava_bench.job([ITEM], both_orders=True, ledger=ledger, model="x")
-        for item in job.open():
+        for item in job.pending():
             job.ask(item, Judge(), lambda: True)
         assert llava_bench.summary(job)["scores"]["all"] == {"relative": 100, "ours": 7.5, "reference": 7.5, "grades": 2}
 

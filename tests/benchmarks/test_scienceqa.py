@@ -84,12 +84,12 @@ class Gpt:
 
     def __call__(self, messages):
         self.heard.append([message["content"] for message in messages])
-        return Answer(self.reply, 10, 2, whole=True)
+        return Answer(self.reply, 10, 2, complete=True)
 
 
 def run(job, reply) -> tuple[dict, list]:
     gpt = Gpt(reply)
-    for item in job.open():
+    for item in job.pending():
         job.ask(item, gpt, lambda: True)
     return dict(zip(job.items, job.result()[0])), gpt.heard
 

@@ -25,7 +25,7 @@ def chat(server, monkeypatch):
 
 
 def test_an_answer_is_its_text_and_what_it_took(chat, server):
-    assert chat(ASK) == Answer("A cat.", 10, 3, whole=True)
+    assert chat(ASK) == Answer("A cat.", 10, 3, complete=True)
     assert server.heard[0]["messages"] == ASK and server.heard[0]["model"] == "toy"
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
 
@@ -101,7 +101,7 @@ def test_a_reply_without_an_answer_is_asked_again(chat, server, odd):
 def test_what_a_reply_does_not_say_is_guessed(chat, server):
     choices = [{"message": {"content": "A cat \ud83d sits."}}]
     server.moods = [(200, {"choices": choices, "usage": {"prompt_tokens": None}})]
-    assert chat(ASK) == Answer("A cat ? sits.", 4, 5, whole=True)
+    assert chat(ASK) == Answer("A cat ? sits.", 4, 5, complete=True)
 
 
 @pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": "many"}, {"prompt_tokens": -1000}, None])
@@ -132,7 +132,7 @@ def test_numbers_are_many_tokens():
 
 def test_an_answer_that_was_cut_off_says_so(chat, server):
     server.moods = ["too long"]
-    assert not chat(ASK).whole
+    assert not chat(ASK).complete
 
 
 def test_a_key_is_needed_for_openai_alone(monkeypatch):

@@ -94,7 +94,7 @@ def test_nothing_is_written_where_nothing_is_left(tmp_path):
 
 
 def test_stats_count_what_can_be_learned_and_name_what_cannot(tmp_path):
-    good = {"id": "1-detail", "image": "a.jpg", "conversations": prompts.conversation(["What?", "A gray cat."], True)}
+    good = {"id": "1-detail", "image": "a.jpg", "conversations": prompts.make_turns(["What?", "A gray cat."], True)}
     words = {"id": "2", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}] * 2}
     (tmp_path / "data.json").write_text(json.dumps([good, words, {**good, "image": []}, 3]))
     numbers, broken = stats(tmp_path / "data.json")

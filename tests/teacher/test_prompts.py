@@ -98,11 +98,11 @@ class Scripted:
     """In the place of a client: says to each picture what `says` makes of its captions, and counts."""
 
     def __init__(self, says=lambda text: GOOD):
-        self.says, self.asked, self.stop, self.whole = says, [], threading.Event(), True
+        self.says, self.asked, self.stop, self.complete = says, [], threading.Event(), True
 
     def __call__(self, messages):
         self.asked.append(messages[-1]["content"])
-        return Answer(self.says(messages[-1]["content"]), 10, 2, whole=self.whole)
+        return Answer(self.says(messages[-1]["content"]), 10, 2, complete=self.complete)
 
 
 def job(ledger, pictures=PICTURES, **changes):
@@ -166,7 +166,7 @@ def test_a_failed_request_costs_no_try(tmp_path):
 
 def test_an_answer_that_was_cut_off_is_asked_again(tmp_path):
     chat = Scripted()
-    chat.whole = False
+    chat.complete = False
     with Ledger(tmp_path / "ledger") as ledger:
         assert job(ledger, PICTURES[:1]).run(chat) == {"it was cut off": 1} and len(chat.asked) == TRIES
 
@@ -214,9 +214,9 @@ def test_a_budget_is_kept_over_all_runs(tmp_path):
 def test_other_captions_are_another_request(tmp_path):
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger).run(Scripted())
-        assert job(ledger, PICTURES[:1]).open() == []
+        assert job(ledger, PICTURES[:1]).pending() == []
         other = Picture("0", "0.jpg", ["A dog."], [])
-        assert job(ledger, [other]).open() == [other]
+        assert job(ledger, [other]).pending() == [other]
 
 
 @pytest.mark.parametrize("change", [{"kind": "reasoning"}, {"model": "other"}])
@@ -224,7 +224,7 @@ def test_a_ledger_is_of_one_kind_and_one_model(tmp_path, change):
     with Ledger(tmp_path / "ledger") as ledger:
         job(ledger).run(Scripted())
         with pytest.raises(InputError, match="another kind or model"):
-            job(ledger, **change).open()
+            job(ledger, **change).pending()
 
 
 def test_the_result_counts_the_replies_that_were_no_good_and_the_pictures_given_up(tmp_path):
