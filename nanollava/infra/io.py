@@ -1,4 +1,4 @@
-"""What the commands share: files that appear whole or not at all, mistakes that are told in one line."""
+"""Files: atomic writes, readers of JSON, a lock. And InputError, an error that the user can fix."""
 
 import contextlib
 import json
@@ -9,65 +9,73 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs on one file are not kept apart
+except ImportError:  # Windows has no flock: lock_file does nothing there
     fcntl = None
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names it and says what to do about it."""
+    """Something the user gave is wrong. The message is one line: what it is, what to do."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yield a path beside `path` to write to; it takes the name, in one step, once it is safe on the disk.
+    """Yield a temporary path in the folder of `path`, to be written; then rename it to `path`.
 
-    Raises InputError where the place cannot be written.
+    A reader sees the old file or the new one, never half of it, even after a crash.
+    Raises InputError if the file cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temp = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.touch()
-            mode = beside.stat().st_mode
-            yield beside
-            beside.chmod(mode)  # safetensors makes its files for one user alone
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            temp.touch()
+            mode = temp.stat().st_mode
+            yield temp
+            temp.chmod(mode)  # safetensors creates files that only their owner can read
+            with open(temp, "rb") as file:
+                os.fsync(file.fileno())  # the content must be on the disk before the name is
+            os.replace(temp, path)
         finally:
-            beside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path):
-    """Yield an empty folder beside `folder` to fill; it takes the name, in one step, once it is full.
+    """Yield a temporary folder next to `folder`, to be filled; then rename it to `folder`.
 
-    Raises InputError where the folder is there already, or cannot be written.
+    Raises InputError if the folder exists already or cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
-        raise InputError(f"{folder} is there already; remove it or choose another --out")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        raise InputError(f"{folder} exists already; remove it or choose another --out")
+    temp = temporary_path(folder)
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        beside.rename(folder)
+        temp.mkdir(parents=True)
+        yield temp
+        temp.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name in the same folder, so on the same disk, where a rename is one step."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:
-    with atomic_write(path) as beside:
+    """Raises InputError if the file cannot be written."""
+    with atomic_write(path) as temp:
         text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
-        beside.write_text(text, encoding="utf-8", errors="replace")  # half a character is "?"
+        temp.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate becomes "?"
 
 
 def read_text(path: str | Path) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises InputError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -77,54 +85,59 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path):
-    """The content of a JSON file. Raises InputError, naming the file, where there is none or it is not JSON."""
+    """The content of a JSON file. Raises InputError if it cannot be read or is not JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
-BETWEEN = re.compile(r"[\s,]*")  # what stands between the items of a JSON list
+SEPARATORS = re.compile(r"[\s,]*")  # between two items of a JSON list
 
 
 def read_json_list(path: str | Path):
-    """The items of a JSON list, one by one, so that never all of a big one are in memory as Python's objects.
+    """Yield the items of a JSON list one by one.
 
-    Raises InputError, naming the file, where there is none or it is not such a list.
+    The text of a large file fits in memory; all its items as Python objects may not.
+    Raises InputError if the file cannot be read or is not a JSON list.
     """
     text, decoder = read_text(path), json.JSONDecoder()
-    position = BETWEEN.match(text).end()
+    position = SEPARATORS.match(text).end()
     if text[position : position + 1] != "[":
         raise InputError(f"{path} is not a JSON list")
-    position = BETWEEN.match(text, position + 1).end()
+    position = SEPARATORS.match(text, position + 1).end()
     while text[position : position + 1] != "]":
         try:
             item, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON: {error}") from error
         yield item
-        position = BETWEEN.match(text, position).end()
+        position = SEPARATORS.match(text, position).end()
 
 
-def read_jsonl(path: str | Path, needs: tuple[str, ...] = ()) -> list[dict]:
-    """The objects of a JSONL file. Raises InputError, naming the line, where one is none or lacks a key."""
-    found = []
+def read_jsonl(path: str | Path, keys: tuple[str, ...] = ()) -> list[dict]:
+    """The objects of a JSONL file, each of which has `keys`.
+
+    Raises InputError, with the line number, if a line is not JSON or lacks a key.
+    """
+    rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}") from error
-        missing = [key for key in needs if not isinstance(row, dict) or key not in row]
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
             raise InputError(f"{path}, line {number} lacks {', '.join(missing)}")
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def lock_file(file, name) -> None:
-    """Keep an open file for this run until it is closed. Raises InputError, saying that `name` is in use, if it is."""
+def lock_file(file, name: str | Path) -> None:
+    """Lock an open file until it is closed. Raises InputError if another run holds the lock."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise InputError(f"{name} is in use by another run: wait for it, or choose another --out") from error
+        message = f"{name} is in use by another run: wait for that run, or choose another --out"
+        raise InputError(message) from error

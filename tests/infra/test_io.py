@@ -1,20 +1,90 @@
+import json
+
 import pytest
 
-from nanollava.infra.io import InputError, atomic_write, read_json, write_json
+from nanollava.infra.io import (
+    InputError,
+    atomic_folder,
+    atomic_write,
+    lock_file,
+    read_json,
+    read_json_list,
+    read_jsonl,
+    write_json,
+)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    write_json(tmp_path / "new" / "a.json", {"x": "é"})
-    assert read_json(tmp_path / "new" / "a.json") == {"x": "é"}
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"x": "é"})
+    assert read_json(path) == {"x": "é"}
     with pytest.raises(RuntimeError):
-        with atomic_write(tmp_path / "new" / "a.json") as beside:
-            beside.write_text("half")
+        with atomic_write(path) as temp:
+            temp.write_text("half")
             raise RuntimeError
-    assert read_json(tmp_path / "new" / "a.json") == {"x": "é"}
-    assert len(list((tmp_path / "new").iterdir())) == 1
+    assert read_json(path) == {"x": "é"}
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_path_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write .*file"):
         write_json(tmp_path / "file" / "a.json", 1)
+
+
+def test_failed_folder_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError):
+        with atomic_folder(tmp_path / "out") as temp:
+            (temp / "a").write_text("half")
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(tmp_path / "out") as temp:
+        (temp / "a").write_text("done")
+    assert (tmp_path / "out" / "a").read_text() == "done" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_existing_folder_is_kept(tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        with atomic_folder(tmp_path):
+            pass
+
+
+def test_lone_surrogate_is_written_as_question_mark(tmp_path):
+    write_json(tmp_path / "a.json", "\ud83d")
+    assert read_json(tmp_path / "a.json") == "?"
+
+
+def test_list_items_are_read_one_by_one(tmp_path):
+    items = [{"a": [1, "],"]}, 2, "three"]
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text("\ufeff" + json.dumps(items, indent=indent), "utf-8")
+        assert list(read_json_list(tmp_path / "a.json")) == items
+    (tmp_path / "a.json").write_text("[1, 2, oops]")
+    reader = read_json_list(tmp_path / "a.json")
+    assert [next(reader), next(reader)] == [1, 2]
+    with pytest.raises(InputError, match="a.json is not JSON"):
+        next(reader)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 2 is not JSON"),
+    ("[1]", "line 2 lacks id, text"),
+    ('{"id": 1}', "line 2 lacks text"),
+])
+def test_bad_jsonl_row_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 0, "text": "a"}\n' + line)
+    with pytest.raises(InputError, match=message):
+        read_jsonl(path, ("id", "text"))
+    path.write_text('{"id": 0, "text": "a"}\n')
+    assert read_jsonl(path, ("id", "text")) == [{"id": 0, "text": "a"}]
+
+
+def test_locked_file_is_refused_until_it_is_closed(tmp_path):
+    pytest.importorskip("fcntl")
+    with open(tmp_path / "lock", "w") as first, open(tmp_path / "lock", "w") as second:
+        lock_file(first, "the ledger")
+        with pytest.raises(InputError, match="the ledger is in use by another run"):
+            lock_file(second, "the ledger")
+        first.close()
+        lock_file(second, "the ledger")

@@ -4,7 +4,7 @@ import json
 import threading
 from http.server import ThreadingHTTPServer
 
-from tests.infra.answering import Answering
+from tests.infra.handler import ReplyHandler
 
 
 class Server(ThreadingHTTPServer):
@@ -16,7 +16,7 @@ class Server(ThreadingHTTPServer):
         self.slept = threading.Event()  # ends the sleep of slow answers
 
 
-class Handler(Answering):
+class Handler(ReplyHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

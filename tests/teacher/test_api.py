@@ -147,7 +147,7 @@ def test_a_key_is_needed_for_openai_alone(monkeypatch):
 @pytest.mark.parametrize("key", ["sk-secret\u2019", "sk-\x07secret"])
 def test_a_key_that_cannot_be_one_is_told_without_showing_it(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(InputError, match="OPENAI_API_KEY holds letters that no key has") as caught:
+    with pytest.raises(InputError, match="OPENAI_API_KEY has characters that no key has") as caught:
         Chat("gpt-4")
     assert "secret" not in str(caught.value)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from nanollava import Llava, Tokenizer
 from nanollava.infra.io import InputError
 from nanollava.weights import hub
-from tests.infra.answering import Answering
+from tests.infra.handler import ReplyHandler
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = {"a": torch.arange(50_000.0), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
@@ -28,7 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.moods, self.asked, self.keys = [], [], []
 
 
-class Handler(Answering):
+class Handler(ReplyHandler):
     def do_GET(self):
         mood = self.server.moods.pop(0) if self.server.moods and "/resolve/" in self.path else None
         mood = self.server.always if getattr(self.server, "always", None) else mood

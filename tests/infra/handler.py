@@ -1,10 +1,11 @@
-"""What the servers of the tests share: an answer, whole or shorter than it says."""
+"""The base of the test servers: an HTTP handler that sends a reply, complete or cut short."""
 
 from http.server import BaseHTTPRequestHandler
 
 
-class Answering(BaseHTTPRequestHandler):
+class ReplyHandler(BaseHTTPRequestHandler):
     def send(self, code, body, headers={}, length=None):
+        """`length` is what the reply claims to have; None: the length of `body`."""
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -13,4 +14,4 @@ class Answering(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_):
-        pass
+        """Keep the output of the tests clean."""
