@@ -212,7 +212,7 @@ def expand_captions(arguments) -> None:
 
 
 def expand_scienceqa(arguments) -> None:
-    made = scienceqa.rows(arguments.data, arguments.split, arguments.order)
+    made = scienceqa.read_rows(arguments.data, arguments.split, arguments.order)
     write_json(arguments.out, made)
     print(arguments.out)
     print0(f"{len(made)} problems, {sum('image' in row for row in made)} with a picture")

@@ -80,7 +80,7 @@ if __name__ == "__main__":
 
 import torch
 
-from nanollava.benchmarks.report import table, write_report
+from nanollava.benchmarks.report import percent_table, write_report
 from nanollava.data import Conversations, length_grouped_batches, eval_batches, load_batches
 from nanollava.infra import distributed
 from nanollava.infra.device import pick_compute_dtype, best_device, best_dtype
@@ -93,7 +93,7 @@ from nanollava.toy.dataset import write_world
 from nanollava.toy.score import toy_table, write_toy_report
 from nanollava.toy.stage0 import parts_table, train_parts
 from nanollava.training import adamw, fit, freeze, learner, mean_loss
-from nanollava.weights import hf_format
+from nanollava.weights import safetensors_io
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
             raise InputError("--stage 0 runs in one process: start it with `python train.py --stage 0`")
         folder = arguments.out or Path("runs/toy/stage0")
         train_parts(folder, arguments.seed, device, arguments.small_llm)
-        print(table(parts_table(folder, device)))
+        print(percent_table(parts_table(folder, device)))
     elif arguments.stage == 1:
         train_stage(1, arguments.model, arguments.out or Path("runs/toy/stage1"), arguments, device)
     elif arguments.stage == 2:
@@ -144,7 +144,7 @@ def train_toy(run: Path, arguments, device: str) -> None:
         train_stage(stage, run / "stage1" if stage == 2 else None, run / f"stage{stage}", arguments, device)
     if distributed.rank() == 0:
         columns, rows, said = toy_table(run, data, device)
-        print(table(columns))
+        print(percent_table(columns))
         write_toy_report(run, data, columns, rows, said)
         print0(f"look at it in a browser: {run / 'report.html'}")
         print0("ask it something: python sample.py --image cat.jpg")
@@ -193,7 +193,7 @@ def train_stage(stage: int, start: Path | None, out: Path, arguments, device: st
 
     optimizers = adamw(model, lr)
     begin = [start] if start else [vision, llm]
-    run = dict(stage=stage, starting_weights=" ".join(map(hf_format.fingerprint, begin)), data=dataset.digest,
+    run = dict(stage=stage, starting_weights=" ".join(map(safetensors_io.fingerprint, begin)), data=dataset.digest,
                rows=len(dataset), steps=steps, batch_size=batch_size, lr=lr, seed=arguments.seed,
                lora_rank=arguments.lora_rank, template=model.config.template, max_length=longest,
                feature_layer=model.config.feature_layer, dtype=str(dtype))

@@ -1,11 +1,11 @@
-"""How well a model does, section 5 of the paper: `python -m nanollava.evaluate COMMAND`.
+"""Measure a model, section 5 of the paper: `python -m nanollava.evaluate COMMAND`.
 
-    python -m nanollava.evaluate toy                                # the toy run, against its controls
+    python -m nanollava.evaluate toy                         # the toy run and its controls
     python -m nanollava.evaluate scienceqa --data ScienceQA --model runs/scienceqa
-    python -m nanollava.evaluate bench --questions q.jsonl --reference r.jsonl --context c.jsonl --answers a.jsonl \\
-        --out llava_bench.json                                            # GPT-4 is the judge; the key is in OPENAI_API_KEY
-    python -m nanollava.evaluate ablations                          # what matters, on the toy world: an hour or so
-    python -m nanollava.evaluate report --model runs/stage2 --data held_out.json --images COCO/val2017
+    python -m nanollava.evaluate bench --questions q.jsonl --reference r.jsonl --context c.jsonl \\
+        --answers a.jsonl --out llava_bench.json             # judged by GPT-4: set OPENAI_API_KEY
+    python -m nanollava.evaluate ablations                   # on the toy world, about an hour
+    python -m nanollava.evaluate report --model runs/stage2 --data test.json --images val2017
 """
 
 import os
@@ -13,230 +13,336 @@ import signal
 from itertools import islice
 from pathlib import Path
 
-from .benchmarks import scienceqa
-from .infra.cli import Parser, add_command, one_line_errors, positive
-from .infra.io import InputError, atomic_write, read_json, read_json_list, read_jsonl, write_json
-from .infra.progress import print0
+from .benchmarks import llava_bench, scienceqa
+from .conversation import IMAGE_TOKEN
+from .infra.cli import Parser, add_command, check_flags, one_line_errors, positive
+from .infra.io import InputError, read_json, read_json_list, read_jsonl, write_json
+from .infra.progress import print0, progress
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
 
+# Flags without effect: {command: {flag: the flags of which it needs one}}, then the pairs in
+# conflict, as `check_flags` takes them.
+NEEDS = {
+    "scienceqa": {"--gpt": ("--ensemble",), "--base-url": ("--ensemble",),
+                  "--workers": ("--ensemble",), "--batch-size": ("--model",),
+                  "--dtype": ("--model",), "--device": ("--model",)},
+    "bench": {"--images": ("--model",), "--batch-size": ("--model",), "--dtype": ("--model",),
+              "--device": ("--model",)},
+}
+CONFLICTS = {
+    "toy": {("--run", "--model"): "--model is evaluated without the controls of a run"},
+}
+
 
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.evaluate")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=Parser)
-    command = add_command(commands, "toy", "Held-out questions about the toy world, against two controls.")
-    add = command.add_argument
-    add("--run", type=Path, default=Path("runs/toy"), help="folder with stage1/ and stage2/ (default: %(default)s)")
-    add("--model", type=Path, help="only this model, without the controls")
-    add("--data", type=Path, default=Path("data/toy"), help="folder of `prepare_data.py toy` (default: %(default)s)")
-    add("--limit", type=positive(int), help="ask only the first so many questions")
-    add("--out", type=Path, help="write the table as JSON to this file, too")
-    add("--picture", type=Path, help="paint some scenes with the model's answers to this file")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
-
-    command = add_command(commands, "ablations", "What matters, and how much: tables 4 and 8 on the toy world.")
-    add = command.add_argument
-    add("--run", type=Path, default=Path("runs/ablations"), help="folder of all that is made (default: %(default)s)")
-    add("--seeds", type=positive(int), default=3, help="how often everything is trained (default: %(default)s)")
-    add("--steps", type=positive(int), default=400, help="of each training (default: %(default)s)")
-    add("--jobs", type=positive(int), default=min(8, os.cpu_count()),
-        help="processes at once (default: one a processor, at most 8)")
-    add("--out", type=Path, help="write every figure as JSON to this file, too")
-
-    command = add_command(commands, "report", "A page for a run: its losses, and its replies to held-out rows.")
-    add = command.add_argument
-    add("--model", type=Path, required=True, help="folder that train.py wrote; report.html appears in it")
-    add("--data", type=Path, required=True, help="LLaVA JSON; of each row the first question is asked")
-    add("--images", type=Path, required=True, help="folder of its pictures")
-    add("--limit", type=positive(int), default=24, help="how many of the first rows (default: %(default)s)")
-    add_device(add)
-
-    command = add_command(commands, "scienceqa", "ScienceQA by category, the columns of the paper's table 6.")
-    add = command.add_argument
-    add("--data", type=Path, required=True, help="folder with problems.json, pid_splits.json and test/ID/image.png")
-    add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
-    add("--out", type=Path, help="write the result as JSON to this file, too")
-    add("--ensemble", type=Path, metavar="FOLDER",
-        help="ask GPT-4, too, and combine the answers as the paper does; FOLDER keeps all that GPT-4 says")
-    add_chat(add)
-    add_answers(add, "scienceqa-SPLIT.jsonl")
-
-    command = add_command(commands, "bench", "LLaVA-Bench: GPT-4 grades replies against its own, table 4.")
-    add = command.add_argument
-    add("--questions", type=Path, required=True, help="JSONL of question_id, image, text, category")
-    add("--reference", type=Path, required=True, help="JSONL of question_id and text: GPT-4's own replies")
-    add("--context", type=Path, required=True, help="JSONL of image and caption, or captions and instances")
-    add("--out", type=Path, required=True, help="JSON to write; FILE.ledger.jsonl beside it keeps every grade")
-    add("--both-orders", action="store_true", help="ask twice, each reply standing first once")
-    add_chat(add)
-    add("--images", type=Path, help="folder of the pictures, for --model")
-    add_answers(add, "bench.jsonl")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND",
+                                     parser_class=Parser)
+    for name, (add_arguments, run) in COMMANDS.items():
+        add_arguments(add_command(commands, name, run.__doc__).add_argument)
     return parser.parse_args()
 
 
-def add_chat(add) -> None:
-    """The arguments of what a language model is asked over REST; the key is in OPENAI_API_KEY."""
-    add("--gpt", default="gpt-4", metavar="NAME", help="the language model that is asked (default: %(default)s)")
-    add("--base-url", default=OPENAI, help="any server with /chat/completions (default: OpenAI's)")
-    add("--workers", type=positive(int), default=8, help="requests under way at once (default: %(default)s)")
+def main(arguments) -> None:
+    check_flags(arguments, NEEDS.get(arguments.command, {}), CONFLICTS.get(arguments.command, {}))
+    _, run = COMMANDS[arguments.command]
+    run(arguments)
 
 
-def add_answers(add, default: str) -> None:
-    """The arguments of what can be answered here or elsewhere."""
-    add("--model", type=Path, help="folder of a LLaVA that answers")
-    add("--answers", type=Path, help="JSONL of question_id and text: read, and with --model completed "
-        f"(default with --model: MODEL/{default})")
-    add("--batch-size", type=positive(int), default=16, help="questions answered at once (default: %(default)s)")
+# Modules that import torch are imported inside the commands, so that --help answers without delay.
+
+
+# ---------------------------------------------------------------------------------------------
+# toy
+
+
+def add_toy_arguments(add) -> None:
+    add("--run", type=Path, default=Path("runs/toy"),
+        help="folder with stage1/ and stage2/ (default: %(default)s)")
+    add("--model", type=Path, help="evaluate this model alone, without the controls")
+    add("--data", type=Path, default=Path("data/toy"),
+        help="folder of `prepare_data.py toy` (default: %(default)s)")
+    add("--limit", type=positive(int), help="ask only the first N questions")
+    add("--out", type=Path, help="also write the table to this file, as JSON")
     add_device(add)
 
 
-def add_device(add) -> None:
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
-
-
-if __name__ == "__main__":
-    parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
-
-from .benchmarks import llava_bench
-from .benchmarks.report import Told, table, write_report
-from .chat import answer_all, open_llava, read_answers, stream
-from .conversation import IMAGE_TOKEN
-from .data import check_row
-from .image import open_image, preprocess
-from .infra.device import best_device, best_dtype
-from .infra.progress import progress
-from .infra.run_log import read_log
-from .llava import Llava
-from .tokenizer import Tokenizer
-from .toy import ablations
-from .toy.score import accuracy, answer_toy, gallery, toy_table, write_toy_report
-
-
 def evaluate_toy(arguments) -> None:
+    """Accuracy on the toy world's test questions, with two controls."""
+    from .benchmarks.report import percent_table
+    from .infra.device import best_device
+    from .llava import Llava
+    from .tokenizer import Tokenizer
+    from .toy.score import accuracy, answer_toy, toy_table, write_toy_report
+
     device = best_device(arguments.device)
     if arguments.model:
-        model, tokenizer = Llava.from_pretrained(arguments.model, device=device), Tokenizer(arguments.model)
         rows = read_json(arguments.data / "test.json")[: arguments.limit]
-        said = answer_toy(model, tokenizer, rows, arguments.data / "images", "answers  ")
-        columns = {"model": accuracy(rows, said)}
+        model = Llava.from_pretrained(arguments.model, device=device)
+        predictions = answer_toy(model, Tokenizer(arguments.model), rows,
+                                 arguments.data / "images", "answers")
+        columns = {"model": accuracy(rows, predictions)}
     else:
-        columns, rows, said = toy_table(arguments.run, arguments.data, device, arguments.limit)
-        write_toy_report(arguments.run, arguments.data, columns, rows, said)
-    print(table(columns))
+        columns, rows, predictions = toy_table(arguments.run, arguments.data, device,
+                                               arguments.limit)
+        write_toy_report(arguments.run, arguments.data, columns, rows, predictions)
+    print(percent_table(columns))
     if arguments.out:
         write_json(arguments.out, columns, indent=2)
-    if arguments.picture:
-        with atomic_write(arguments.picture) as beside:
-            gallery(rows, said, arguments.data / "images").save(beside, "PNG")
+
+
+# ---------------------------------------------------------------------------------------------
+# ablations
+
+
+def add_ablation_arguments(add) -> None:
+    add("--run", type=Path, default=Path("runs/ablations"),
+        help="folder for data and models; finished ones are kept (default: %(default)s)")
+    add("--seeds", type=positive(int), default=3,
+        help="how many times to train each model (default: %(default)s)")
+    add("--steps", type=positive(int), default=400,
+        help="training steps of each stage (default: %(default)s)")
+    add("--jobs", type=positive(int), default=min(8, os.cpu_count()),
+        help="processes to run at the same time (default: one per CPU, at most 8)")
+    add("--out", type=Path, help="also write all results to this file, as JSON")
 
 
 def evaluate_ablations(arguments) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes below are stopped, too
+    """The paper's ablations, tables 4 and 8, on the toy world."""
+    from .toy import ablations
+
+    # SIGTERM then ends this process as Ctrl-C does, and with it the processes it started
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = arguments.run.resolve()
     ablations.write_data(root)
     ablations.run(ablations.jobs(root, arguments.seeds, arguments.steps), arguments.jobs)
-    found = ablations.results(root, arguments.seeds)
-    print(ablations.text(found))
+    results = ablations.results(root, arguments.seeds)
+    print(ablations.text(results))
     if arguments.out:
-        write_json(arguments.out, found, indent=2)
+        write_json(arguments.out, results, indent=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# report
+
+
+def add_report_arguments(add) -> None:
+    add("--model", type=Path, required=True,
+        help="folder written by train.py; report.html is written to it")
+    add("--data", type=Path, required=True,
+        help="LLaVA JSON; the first question of each row is asked")
+    add("--images", type=Path, required=True, help="folder of the images")
+    add("--limit", type=positive(int), default=24, help="number of rows (default: %(default)s)")
+    add_dtype(add)
+    add_device(add)
 
 
 def evaluate_report(arguments) -> None:
-    device = best_device(arguments.device)
-    model, tokenizer = open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
+    """Write a page with the losses of a run and its replies to rows of a file."""
+    from .benchmarks.report import Exchange, write_report
+    from .chat import stream_reply
+    from .data_checks import check_row
+    from .image import open_image, preprocess
+    from .infra.run_log import read_log
+
+    model, tokenizer = open_model(arguments)
     cards = []
     rows = list(islice(read_json_list(arguments.data), arguments.limit))
-    for number, row in enumerate(progress(rows, "answers  ", "rows")):
+    for number, row in enumerate(progress(rows, "answers", "rows")):
         try:
             turns, files = check_row(row)
         except ValueError as error:
             raise InputError(f"{arguments.data}, row {number}: {error}") from error
-        paths = [arguments.images / file for file in files[: turns[0]["value"].count(IMAGE_TOKEN)]]
+        question, answer = turns[0]["value"], turns[1]["value"]
+        paths = [arguments.images / file for file in files[: question.count(IMAGE_TOKEN)]]
         images = [preprocess(open_image(path), model.config.image_size) for path in paths]
-        reply = "".join(stream(model, tokenizer, turns[:1], images))
-        cards.append((paths[0] if paths else None, [Told(turns[0]["value"], reply, turns[1]["value"])]))
+        reply = "".join(stream_reply(model, tokenizer, turns[:1], images))
+        cards.append((paths[0] if paths else None, [Exchange(question, reply, answer)]))
     path = arguments.model / "report.html"
-    write_report(path, str(arguments.model), {"Training": read_log(arguments.model / "log.jsonl")}, cards=cards)
+    curves = {"Training": read_log(arguments.model / "log.jsonl")}
+    write_report(path, str(arguments.model), curves, cards=cards)
     print(path)
 
 
-def made_answers(arguments, questions: dict, default: str) -> dict[str, str]:
-    """The replies that --answers holds; with --model, those that are missing are made and added."""
-    if not arguments.model and not arguments.answers:
-        raise InputError("name a --model that answers, or --answers that were made before")
-    if not arguments.model:
-        return read_answers(arguments.answers)
-    device = best_device(arguments.device)
-    model, tokenizer = open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
-    return answer_all(model, tokenizer, questions, arguments.answers or arguments.model / default, arguments.batch_size)
+# ---------------------------------------------------------------------------------------------
+# scienceqa
+
+
+def add_scienceqa_arguments(add) -> None:
+    add("--data", type=Path, required=True,
+        help="folder with problems.json, pid_splits.json and test/ID/image.png")
+    add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
+    add("--out", type=Path, help="also write the result to this file, as JSON")
+    add("--ensemble", type=Path, metavar="FOLDER",
+        help="also ask GPT-4 and combine its answers with LLaVA's; FOLDER keeps all its replies")
+    add_chat(add)
+    add_answers(add, "scienceqa-SPLIT.jsonl")
 
 
 def evaluate_scienceqa(arguments) -> None:
+    """ScienceQA accuracy by category, the columns of table 6."""
+    from .benchmarks.report import percent_table
+
+    check_answers(arguments)
     problems = scienceqa.read_problems(arguments.data, arguments.split)
-    questions = scienceqa.asked(problems, arguments.data / arguments.split)
-    answers = made_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl")
-    columns = {"LLaVA": answers} | (ensembles(arguments, problems, answers) if arguments.ensemble else {})
-    scores = {name: scienceqa.score(problems, texts) for name, texts in columns.items()}
-    print(table({name: {category: value for category, value in score["accuracy"].items() if value is not None}
-                 for name, score in scores.items()}))
+    questions = scienceqa.questions_with_images(problems, arguments.data / arguments.split)
+    llava = collect_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl")
+    answers = {"LLaVA": llava}
+    if arguments.ensemble:
+        answers |= ensembles(arguments, problems, llava)
+    scores = {name: scienceqa.score(problems, replies) for name, replies in answers.items()}
+    columns = {name: {category: percent for category, percent in score["accuracy"].items()
+                      if percent is not None} for name, score in scores.items()}
+    print(percent_table(columns))
     for name, score in scores.items():
         print0(f"{name}: {len(problems)} problems, {score['unreadable']} replies name no option, "
-            f"{score['missing']} have no reply")
+               f"{score['missing']} replies missing")
     if arguments.out:
         write_json(arguments.out, scores.pop("LLaVA") | scores, indent=2)
 
 
-def ask(job: Job, arguments) -> list:
-    """What is wanted of each item of a job, None where there is none, after asking for what the ledger lacks."""
-    if job.pending():
-        job.run(Chat(arguments.gpt, arguments.base_url), arguments.workers)
-    return job.result()[0]
-
-
-def ensembles(arguments, problems: dict, ours: dict[str, str]) -> dict[str, dict[str, str]]:
-    """The answers of GPT-4 alone, of LLaVA where GPT-4 has none, and of GPT-4 as the judge (section 5.2)."""
+def ensembles(arguments, problems: dict, llava: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Answers by problem of GPT-4 alone, LLaVA as its complement, and GPT-4 as judge (section 5.2).
+    """
     train = scienceqa.read_problems(arguments.data, "train")
     examples = [problem for problem in train.values() if not problem.get("image")][:2]
     with Ledger(arguments.ensemble / "alone.jsonl") as ledger:
-        job = scienceqa.alone(problems, examples, ledger, arguments.gpt)
-        theirs = {number: text for number, text in zip(job.items, ask(job, arguments)) if text is not None}
-    both = scienceqa.complement(problems, ours, theirs)
+        job = scienceqa.gpt_job(problems, examples, ledger, arguments.gpt)
+        gpt = ask_all(job, arguments)
+    combined = scienceqa.complement(problems, llava, gpt)
     with Ledger(arguments.ensemble / "verdicts.jsonl") as ledger:
-        job = scienceqa.judge(problems, ours, theirs, ledger, arguments.gpt)
-        verdicts = {number: text for number, text in zip(job.items, ask(job, arguments)) if text is not None}
-    print0(f"{arguments.gpt}: {len(problems) - len(theirs)} of {len(problems)} problems got no answer, "
-        f"{len(job.items) - len(verdicts)} of {len(job.items)} in dispute no verdict")
-    return {"GPT-4": theirs, "complement": both, "judge": both | verdicts}
+        job = scienceqa.verdict_job(problems, llava, gpt, ledger, arguments.gpt)
+        verdicts = ask_all(job, arguments)
+    print0(f"{arguments.gpt}: no answer to {len(problems) - len(gpt)} of {len(problems)} problems, "
+           f"no verdict on {len(job.items) - len(verdicts)} of {len(job.items)} disputed ones")
+    return {"GPT-4": gpt, "complement": combined, "judge": combined | verdicts}
+
+
+# ---------------------------------------------------------------------------------------------
+# bench
+
+
+def add_bench_arguments(add) -> None:
+    add("--questions", type=Path, required=True, help="JSONL of question_id, image, text, category")
+    add("--reference", type=Path, required=True,
+        help="JSONL of question_id and text: GPT-4's own replies")
+    add("--context", type=Path, required=True,
+        help="JSONL of image and caption, or captions and instances")
+    add("--out", type=Path, required=True,
+        help="JSON to write; OUT.ledger.jsonl beside it keeps every grade")
+    add("--both-orders", action="store_true",
+        help="grade each reply twice, once as the first and once as the second")
+    add_chat(add)
+    add("--images", type=Path, help="folder of the images, for --model")
+    add_answers(add, "bench.jsonl")
 
 
 def evaluate_bench(arguments) -> None:
-    rows = read_jsonl(arguments.questions, ("question_id", "image", "text", "category"))
+    """LLaVA-Bench, table 4: GPT-4 grades replies relative to its own."""
+    from .benchmarks.report import percent_table
+
+    check_answers(arguments)
     if arguments.model and not arguments.images:
-        raise InputError("--model needs --images, the folder of the pictures")
-    questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}", [Path(arguments.images or "") / row["image"]])
+        raise InputError("--model needs --images, the folder of the images")
+    rows = read_jsonl(arguments.questions, ("question_id", "image", "text", "category"))
+    folder = arguments.images or Path()
+    questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}", [folder / row["image"]])
                  for row in rows}
-    answers = made_answers(arguments, questions, "bench.jsonl")
-    items = llava_bench.join(rows, arguments.reference, arguments.context, answers)
+    answers = collect_answers(arguments, questions, "bench.jsonl")
+    items = llava_bench.build_items(rows, arguments.reference, arguments.context, answers)
     with Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:
-        judge = llava_bench.job(items, arguments.both_orders, ledger, arguments.gpt)
-        ask(judge, arguments)
-        result = llava_bench.summary(judge)
+        job = llava_bench.judge_job(items, arguments.both_orders, ledger, arguments.gpt)
+        ask_all(job, arguments)
+        result = llava_bench.summarize(job)
     write_json(arguments.out, result, indent=2)
-    print(table({"relative": {name: scores["relative"] for name, scores in result["scores"].items()}}))
+    print(percent_table({"relative": {category: scores["relative"]
+                                      for category, scores in result["scores"].items()}}))
     if result["without_grade"]:
-        print0(f"no grade for {', '.join(result['without_grade'])}, which are in no mean: start again "
-            f"to ask what was not rejected {TRIES} times")
+        print0(f"no grade for {', '.join(result['without_grade'])}: the means leave them out. "
+               f"Run the command again to ask for those rejected fewer than {TRIES} times.")
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    run = {"toy": evaluate_toy, "scienceqa": evaluate_scienceqa, "bench": evaluate_bench,
-           "ablations": evaluate_ablations, "report": evaluate_report}
-    run[arguments.command](arguments)
+# ---------------------------------------------------------------------------------------------
+# What several commands share
+
+
+def add_device(add) -> None:
+    add("--device", help="cuda, mps or cpu (default: the fastest available)")
+
+
+def add_dtype(add) -> None:
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the weights (default: bfloat16 where it is fast)")
+
+
+def add_answers(add, default: str) -> None:
+    """Arguments for replies that are made here or read from a file."""
+    add("--model", type=Path, help="folder of the LLaVA that answers")
+    add("--answers", type=Path,
+        help="JSONL of question_id and text to read; with --model, missing answers are added to it "
+             f"(default with --model: MODEL/{default})")
+    add("--batch-size", type=positive(int), default=16,
+        help="questions per batch (default: %(default)s)")
+    add_dtype(add)
+    add_device(add)
+
+
+def add_chat(add) -> None:
+    """Arguments for the language model behind a REST API; its key is in OPENAI_API_KEY."""
+    add("--gpt", default="gpt-4", metavar="NAME",
+        help="language model to ask (default: %(default)s)")
+    add("--base-url", default=OPENAI,
+        help="any server with /chat/completions (default: OpenAI's)")
+    add("--workers", type=positive(int), default=8,
+        help="requests in flight at the same time (default: %(default)s)")
+
+
+def open_model(arguments):
+    """The LLaVA and tokenizer of --model, --dtype and --device."""
+    from .chat import open_llava
+    from .infra.device import best_device, best_dtype
+
+    device = best_device(arguments.device)
+    return open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
+
+
+def check_answers(arguments) -> None:
+    """Raise InputError if no flag says where the answers come from."""
+    if not arguments.model and not arguments.answers:
+        raise InputError("give --model, a LLaVA that answers, or --answers, a file of its answers")
+
+
+def collect_answers(arguments, questions: dict, default: str) -> dict[str, str]:
+    """The replies in --answers by question id; with --model, missing ones are made and added."""
+    from .benchmarks.answers import answer_all, read_answers
+
+    if not arguments.model:
+        return read_answers(arguments.answers)
+    model, tokenizer = open_model(arguments)
+    path = arguments.answers or arguments.model / default
+    return answer_all(model, tokenizer, questions, path, arguments.batch_size)
+
+
+def ask_all(job: Job, arguments) -> dict:
+    """Ask for the replies that the ledger lacks, and return the good ones by item id."""
+    if job.pending():
+        job.run(Chat(arguments.gpt, arguments.base_url), arguments.workers)
+    results, _, _ = job.results()
+    return {job.item_id(item): result for item, result in zip(job.items, results)
+            if result is not None}
+
+
+COMMANDS = {
+    "toy": (add_toy_arguments, evaluate_toy),
+    "ablations": (add_ablation_arguments, evaluate_ablations),
+    "report": (add_report_arguments, evaluate_report),
+    "scienceqa": (add_scienceqa_arguments, evaluate_scienceqa),
+    "bench": (add_bench_arguments, evaluate_bench),
+}
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(parse_arguments())

@@ -1,7 +1,8 @@
-"""ScienceQA (Lu et al., 2022), section 5.2 of the paper: problems in, a reasoned answer out, and tables 6 and 8.
+"""ScienceQA (Lu et al., 2022): section 5.2 of the paper, tables 6 and 8.
 
-A problem is a question with context, options and maybe a picture. The model writes the lecture, the solution and
-"The answer is B."; the letter is what counts. GPT-4, which sees no picture, can complement it or judge between the two.
+A problem is a multiple-choice question with context, options and sometimes an image. The model
+writes the lecture, the solution and "The answer is B."; only the letter is scored. GPT-4, which
+does not see the image, can answer too: as a complement to LLaVA, or as a judge between the two.
 """
 
 import re
@@ -23,147 +24,192 @@ CATEGORIES = {  # the columns of the paper's tables
     "TXT": lambda problem: bool(problem["hint"]),
     "IMG": lambda problem: bool(problem["image"]),
     "NO": lambda problem: not problem["hint"] and not problem["image"],
-    "G1-6": lambda problem: problem["grade"] in {f"grade{number}" for number in range(1, 7)},
-    "G7-12": lambda problem: problem["grade"] in {f"grade{number}" for number in range(7, 13)},
+    "G1-6": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(1, 7)},
+    "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
     "AVG": lambda problem: True,
 }
-FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "subject": str, "grade": str, "lecture": str,
-          "solution": str}
+FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "subject": str,
+          "grade": str, "lecture": str, "solution": str}
 
 
 def read_problems(folder: str | Path, split: str) -> dict[str, dict]:
-    """The problems of a split by their id, in the order of pid_splits.json. Raises InputError, naming a broken one."""
+    """The problems of a split by id, in the order of pid_splits.json.
+
+    Raises InputError that names the missing file, split or field.
+    """
     folder = Path(folder)
-    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
-    if not isinstance(problems, dict) or not isinstance(splits, dict) or not splits.get(split):
-        raise InputError(f"{folder}: there is no split {split!r} in pid_splits.json, or no problems in problems.json")
-    chosen = {}
-    for number in map(str, splits[split]):
-        problem = problems.get(number)
-        name = f"{folder / 'problems.json'}, problem {number} of {split}"
-        if not isinstance(problem, dict):
-            raise InputError(f"{name} is missing")
-        wrong = [key for key, kind in FIELDS.items() if not isinstance(problem.get(key), kind)]
-        if wrong:
-            raise InputError(f"{name} lacks {', '.join(wrong)}")
-        if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise InputError(f"{name}: its answer, {problem['answer']}, is none of its choices")
-        chosen[number] = problem
-    return chosen
+    all_problems = read_json(folder / "problems.json")
+    splits = read_json(folder / "pid_splits.json")
+    if not isinstance(all_problems, dict):
+        raise InputError(f"{folder / 'problems.json'} is not a JSON object of problems by id")
+    if not isinstance(splits, dict) or not splits.get(split):
+        raise InputError(f"{folder / 'pid_splits.json'} has no split {split!r}")
+    problems = {}
+    for problem_id in map(str, splits[split]):
+        name = f"{folder / 'problems.json'}, problem {problem_id} of {split}"
+        problems[problem_id] = check_problem(all_problems.get(problem_id), name)
+    return problems
 
 
-def question(problem: dict) -> str:
-    """What the model is asked, its picture standing before it."""
+def check_problem(problem, name: str) -> dict:
+    """The problem itself. Raises InputError, which begins with `name`, if it is not usable."""
+    if not isinstance(problem, dict):
+        raise InputError(f"{name} is missing")
+    bad = [key for key, kind in FIELDS.items() if not isinstance(problem.get(key), kind)]
+    if bad:
+        raise InputError(f"{name} lacks {', '.join(bad)}")
+    if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+        raise InputError(f"{name}: answer {problem['answer']} is not one of its "
+                         f"{len(problem['choices'])} choices (at most {len(LETTERS)})")
+    return problem
+
+
+def format_question(problem: dict) -> str:
+    """The prompt of a problem: the image, if there is one, then question, context and options."""
     lines = [IMAGE_TOKEN] if problem.get("image") else []
     lines += [f"Question: {problem['question']}"]
     lines += [f"Context: {problem['hint']}"] if problem["hint"] else []
-    return "\n".join([*lines, options(problem["choices"])])
+    return "\n".join([*lines, format_options(problem["choices"])])
 
 
-def options(choices: list[str]) -> str:
-    return "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+def format_options(choices: list[str]) -> str:
+    options = (f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+    return "Options: " + " ".join(options)
 
 
-def answer(problem: dict, order: str = "reason-first") -> str:
-    """What it learns to say: lecture, solution and the letter, in one of two orders (table 8)."""
+def format_answer(problem: dict, order: str = "reason-first") -> str:
+    """The training target: lecture, solution and the letter, in one of two orders (table 8)."""
     letter = f"The answer is {LETTERS[problem['answer']]}."
-    reasons = [problem[part].strip() for part in ("lecture", "solution") if problem[part].strip()]
+    reasons = [problem[key].strip() for key in ("lecture", "solution") if problem[key].strip()]
     return "\n".join([letter, *reasons] if order == "answer-first" else [*reasons, letter])
 
 
-def rows(folder: str | Path, split: str, order: str = "reason-first") -> list[dict]:
-    """A split as LLaVA's JSON; its pictures lie in the same folder, at split/id/image.png."""
-    made = []
-    for number, problem in read_problems(folder, split).items():
-        picture = {"image": f"{split}/{number}/{problem['image']}"} if problem.get("image") else {}
-        turns = [{"from": "human", "value": question(problem)}, {"from": "gpt", "value": answer(problem, order)}]
-        made.append({"id": number, **picture, "conversations": turns})
-    return made
+def read_rows(folder: str | Path, split: str, order: str = "reason-first") -> list[dict]:
+    """A split as rows of LLaVA JSON. Image paths are relative to `folder`: split/id/image.png."""
+    rows = []
+    for problem_id, problem in read_problems(folder, split).items():
+        row = {"id": problem_id}
+        if problem.get("image"):
+            row["image"] = f"{split}/{problem_id}/{problem['image']}"
+        row["conversations"] = [{"from": "human", "value": format_question(problem)},
+                                {"from": "gpt", "value": format_answer(problem, order)}]
+        rows.append(row)
+    return rows
 
 
-def letter_of(text: str, choices: int) -> int | None:
-    """The option that a reply names, from 0; None where it names none, or several, or one that is not there.
+def questions_with_images(problems: dict[str, dict],
+                          folder: Path) -> dict[str, tuple[str, list[Path]]]:
+    """Each problem's question and image files. The image of problem 7 is folder/7/image.png."""
+    questions = {}
+    for problem_id, problem in problems.items():
+        images = [folder / problem_id / problem["image"]] if problem.get("image") else []
+        questions[problem_id] = (format_question(problem), images)
+    return questions
 
-    "The answer is B." anywhere in it counts, or a reply that is a letter and little else: "B", "(B)", "B. A comet".
+
+def parse_choice(reply: str, num_choices: int) -> int | None:
+    """The index of the option that a reply names.
+
+    "The answer is B." counts anywhere in the reply; so does a reply that begins with a letter
+    alone: "B", "(B)", "B. A comet". None if the reply names no option, several, or one beyond
+    `num_choices`.
     """
-    text = text.strip()
-    found = re.findall(r"(?i:answer is):? *\(?([A-J])\b", text) or re.findall(r"^\(?([A-J])(?:[).:]|$)", text)
-    named = {LETTERS.index(letter) for letter in found}
-    return named.pop() if len(named) == 1 and max(named) < choices else None
-
-
-def asked(problems: dict[str, dict], images: Path) -> dict[str, tuple[str, list[Path]]]:
-    """The question and the picture files of each problem; `images` is where problem 7's is 7/image.png."""
-    return {number: (question(problem), [images / number / problem["image"]] if problem.get("image") else [])
-            for number, problem in problems.items()}
+    reply = reply.strip()
+    letters = (re.findall(r"(?i:answer is):? *\(?([A-J])\b", reply)
+               or re.findall(r"^\(?([A-J])(?:[).:]|$)", reply))
+    options = {LETTERS.index(letter) for letter in letters}
+    return options.pop() if len(options) == 1 and max(options) < num_choices else None
 
 
 def score(problems: dict[str, dict], answers: dict[str, str]) -> dict:
-    """{"accuracy": {"NAT": percent, ..., "AVG": percent}, "counts": problems in each, "unreadable", "missing"}.
+    """{"accuracy": {"NAT": percent, ..., "AVG": percent}, "counts": problems of each category,
+    "unreadable": replies that name no option, "missing": problems without a reply}.
 
-    What cannot be read counts as wrong. A category without problems has no accuracy: None.
+    An unreadable or missing reply counts as wrong. A category without problems has accuracy None.
     """
-    right, counts, unreadable, missing = Counter(), Counter(), 0, 0
-    for number, problem in problems.items():
-        chosen = letter_of(answers.get(number, ""), len(problem["choices"]))
-        missing += number not in answers
-        unreadable += number in answers and chosen is None
-        for name, belongs in CATEGORIES.items():
-            if belongs(problem):
-                counts[name] += 1
-                right[name] += chosen == problem["answer"]
-    accuracy = {name: 100 * right[name] / counts[name] if counts[name] else None for name in CATEGORIES}
-    return {"accuracy": accuracy, "counts": {name: counts[name] for name in CATEGORIES}, "unreadable": unreadable,
-            "missing": missing}
+    correct, counts, unreadable, missing = Counter(), Counter(), 0, 0
+    for problem_id, problem in problems.items():
+        choice = parse_choice(answers.get(problem_id, ""), len(problem["choices"]))
+        missing += problem_id not in answers
+        unreadable += problem_id in answers and choice is None
+        for category, includes in CATEGORIES.items():
+            if includes(problem):
+                counts[category] += 1
+                correct[category] += choice == problem["answer"]
+    return {
+        "accuracy": {category: 100 * correct[category] / counts[category]
+                     if counts[category] else None for category in CATEGORIES},
+        "counts": {category: counts[category] for category in CATEGORIES},
+        "unreadable": unreadable,
+        "missing": missing,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
 # Together with GPT-4
 
 
-ALONE = """You answer multiple-choice questions from school. First say what one has to know, then how it leads to the \
-answer, and end with a line such as "The answer is B." You cannot see pictures. Where what you are told is not enough \
-to choose, say so, and name no letter."""
+ALONE = """You answer multiple-choice questions from school. First say what one has to know, \
+then how it leads to the answer, and end with a line such as "The answer is B." You cannot see \
+pictures. Where what you are told is not enough to choose, say so, and name no letter."""
 
-VERDICT = """You answer multiple-choice questions from school. Two others have answered the one that follows, and they \
-do not agree; if there is a picture, the first of them saw it, and you cannot. Weigh their reasons, then give your own \
-final answer: the reasons, and as the last line one such as "The answer is B.\""""
-
-
-def told(problem: dict) -> str:
-    """The question for one who sees no picture."""
-    return question(problem).replace(IMAGE_TOKEN, "(Here is a picture.)")
+VERDICT = """You answer multiple-choice questions from school. Two others have answered the one \
+that follows, and they do not agree; if there is a picture, the first of them saw it, and you \
+cannot. Weigh their reasons, then give your own final answer: the reasons, and as the last line \
+one such as "The answer is B.\""""
 
 
-def alone(problems: dict[str, dict], examples: list[dict], ledger: Ledger, model: str) -> Job:
-    """GPT-4's own answers; as in the paper it is shown two solved problems, `examples`. It may say that it cannot."""
-    shown = [{"role": role, "content": text} for problem in examples
-             for role, text in (("user", told(problem)), ("assistant", answer(problem)))]
-    return Job("alone", model, ledger, list(problems), "problems", item_id=str, parse=lambda _, reply: reply,
-               messages=lambda number: [{"role": "system", "content": ALONE}, *shown,
-                                        {"role": "user", "content": told(problems[number])}])
+def text_only_question(problem: dict) -> str:
+    """The question for GPT-4, which does not see the image."""
+    return format_question(problem).replace(IMAGE_TOKEN, "(Here is a picture.)")
 
 
-def judge(problems: dict[str, dict], ours: dict[str, str], theirs: dict[str, str], ledger: Ledger, model: str) -> Job:
-    """GPT-4's last word, where its own answer and ours name different letters."""
+def gpt_job(problems: dict[str, dict], examples: list[dict], ledger: Ledger, model: str) -> Job:
+    """The job that asks GPT-4 to answer alone, after the solved `examples` (two in the paper).
 
-    def messages(number: str) -> list[dict]:
-        replies = [f"[Answer {which}]\n{texts.get(number, '').strip() or 'I do not know.'}"
-                   for which, texts in enumerate((ours, theirs), 1)]
+    GPT-4 may reply that it cannot answer.
+    """
+    prefix = [{"role": "system", "content": ALONE}]
+    for example in examples:
+        prefix += [{"role": "user", "content": text_only_question(example)},
+                   {"role": "assistant", "content": format_answer(example)}]
+
+    def messages(problem_id: str) -> list[dict]:
+        return [*prefix, {"role": "user", "content": text_only_question(problems[problem_id])}]
+
+    return Job("alone", model, ledger, list(problems), "problems", item_id=str,
+               messages=messages, parse=lambda _, reply: reply)
+
+
+def verdict_job(problems: dict[str, dict], llava: dict[str, str], gpt: dict[str, str],
+                ledger: Ledger, model: str) -> Job:
+    """The job that asks GPT-4 for a final answer where the answers of LLaVA and GPT-4 differ."""
+
+    def choice(problem_id: str, replies: dict[str, str]) -> int | None:
+        return parse_choice(replies.get(problem_id, ""), len(problems[problem_id]["choices"]))
+
+    def messages(problem_id: str) -> list[dict]:
+        parts = [text_only_question(problems[problem_id])]
+        for number, replies in enumerate((llava, gpt), 1):
+            reply = replies.get(problem_id, "").strip() or "I do not know."
+            parts.append(f"[Answer {number}]\n{reply}")
         return [{"role": "system", "content": VERDICT},
-                {"role": "user", "content": "\n\n".join([told(problems[number]), *replies])}]
+                {"role": "user", "content": "\n\n".join(parts)}]
 
-    def read(number: str, reply: str) -> str:
-        if letter_of(reply, len(problems[number]["choices"])) is None:
-            raise ValueError("it names no option")
+    def parse(problem_id: str, reply: str) -> str:
+        if parse_choice(reply, len(problems[problem_id]["choices"])) is None:
+            raise ValueError("the reply names no option")
         return reply
 
-    apart = [number for number, problem in problems.items()
-             if len({letter_of(texts.get(number, ""), len(problem["choices"])) for texts in (ours, theirs)}) > 1]
-    return Job("verdict", model, ledger, apart, "problems", item_id=str, messages=messages, parse=read)
+    disputed = [problem_id for problem_id in problems
+                if choice(problem_id, llava) != choice(problem_id, gpt)]
+    return Job("verdict", model, ledger, disputed, "problems", item_id=str,
+               messages=messages, parse=parse)
 
 
-def complement(problems: dict[str, dict], ours: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
-    """GPT-4's answers, and ours where it has none."""
-    return ours | {number: text for number, text in theirs.items()
-                   if letter_of(text, len(problems[number]["choices"])) is not None}
+def complement(problems: dict[str, dict], llava: dict[str, str],
+               gpt: dict[str, str]) -> dict[str, str]:
+    """GPT-4's answers, and LLaVA's for the problems where GPT-4 names no option."""
+    readable = {problem_id: reply for problem_id, reply in gpt.items()
+                if parse_choice(reply, len(problems[problem_id]["choices"])) is not None}
+    return llava | readable

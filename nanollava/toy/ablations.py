@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..benchmarks.scienceqa import ORDERS, rows
+from ..benchmarks.scienceqa import ORDERS, read_rows
 from ..conversation import INSTRUCTION_KINDS
 from ..infra.io import InputError, read_json, write_json
 from ..infra.progress import Progress
@@ -60,7 +60,7 @@ def write_data(root: Path, seed: int = 0) -> None:
         if not folder.exists():
             write(folder, seed)
     for order in ORDERS:
-        write_json(root / f"{order}.json", rows(problems, "train", order))
+        write_json(root / f"{order}.json", read_rows(problems, "train", order))
     instruct = read_json(world / "instruct.json")
     for name, (_, kinds, _) in DATA.items():
         if kinds:

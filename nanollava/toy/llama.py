@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..benchmarks import scienceqa
-from ..chat import replies
+from ..chat import generate_replies
 from ..conversation import IMAGE_TOKEN, tokenize_conversation
 from ..data import collate
 from ..infra.resume import Checkpoints
@@ -26,7 +26,7 @@ from ..llava import Llava, LlavaConfig
 from ..teacher import prompts
 from ..tokenizer import Tokenizer
 from ..training import fit
-from ..weights import hf_format
+from ..weights import hf_config, hf_format
 from . import questions, scene
 from .clip import GRID, SAVE_EVERY, VISION, on_patches
 from .muon import muon
@@ -76,7 +76,7 @@ def first_lesson(things, rng: random.Random) -> list[str]:
             said = [[thing.kind, thing.color, thing.size, thing.place] for thing in rng.sample(things, len(things))]
             texts += [rng.choice(prompts.BRIEF), ", ".join(" ".join(rng.sample(words, 4)) for words in said)]
         return texts
-    for _, question, answer in questions.ask(things, rng, 6, EASY):
+    for _, question, answer in questions.draw_questions(things, rng, 6, EASY):
         answer = re.sub(r"\ban? |(?<!at |on |in )\bthe ", "", answer.lower().strip("."))
         texts += [question, answer if rng.random() < 0.5 else answer.replace(" is ", " ")]
     return texts
@@ -84,13 +84,13 @@ def first_lesson(things, rng: random.Random) -> list[str]:
 
 def lesson(things, rng: random.Random) -> list[str]:
     """Questions and answers in turn: five of any type, at times a caption, a description or some reasoning."""
-    pairs = [[question, answer] for _, question, answer in questions.ask(things, rng, 5, questions.LESSONS)]
+    pairs = [[question, answer] for _, question, answer in questions.draw_questions(things, rng, 5, questions.WEIGHTED_TYPES)]
     if rng.random() < 0.2:
-        pairs.append([rng.choice(prompts.BRIEF), questions.caption(things, rng.randrange(questions.STYLES))])
+        pairs.append([rng.choice(prompts.BRIEF), questions.caption(things, rng.randrange(questions.CAPTION_STYLES))])
     if rng.random() < 0.1:
         pairs.append([rng.choice(prompts.DETAILED), questions.description(things)])
     if rng.random() < 0.3:
-        pairs += [[question, answer] for _, question, answer in questions.ask(things, rng, 1, tuple(questions.REASONING))]
+        pairs += [[question, answer] for _, question, answer in questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))]
     rng.shuffle(pairs)
     return [text for pair in pairs for text in pair]
 
@@ -110,7 +110,7 @@ def exam(rng: random.Random, first: bool) -> list[dict]:
     for _ in range(6 if first else 3):
         words = rng.choice(LISTS)
         choices = rng.sample(words, rng.randint(2, min(4, len(words))))
-        said, order = scienceqa.options(choices) + "\n", rng.sample(range(len(choices)), len(choices))
+        said, order = scienceqa.format_options(choices) + "\n", rng.sample(range(len(choices)), len(choices))
         if first or rng.random() < 0.3:
             pairs = ", ".join(f"{choices[number]} ({scienceqa.LETTERS[number]})" for number in order)
             turns += [{"from": "human", "value": said}, {"from": "gpt", "value": f"{pairs}."}]
@@ -124,8 +124,8 @@ def exam(rng: random.Random, first: bool) -> list[dict]:
 
 def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
     """The conversation with a scene told in prose where its picture would stand."""
-    style = rng.randrange(questions.STYLES + 1)
-    story = questions.description(things) if style == questions.STYLES else questions.caption(things, style)
+    style = rng.randrange(questions.CAPTION_STYLES + 1)
+    story = questions.description(things) if style == questions.CAPTION_STYLES else questions.caption(things, style)
     return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, story)} for turn in turns]
 
 
@@ -142,13 +142,13 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     def draw(rng, first: bool):
         """A row of tokens and labels, and the bags of its picture, or None where it has none."""
         often = rng.random() < 0.5
-        things = next(things for things in scene.scenes(rng) if not often or alike(things))
+        things = next(things for things in scene.random_scenes(rng) if not often or alike(things))
         if rng.random() < (0.5 if first else 0.12):
             turns, words = exam(rng, first), None
         else:
             prose, texts = not first and rng.random() < 1 / 3, (first_lesson if first else lesson)(things, rng)
             turns = prompts.make_turns(texts, image_first=first or rng.random() < 0.5)
-            turns, words = (tell(turns, things, rng), None) if prose else (turns, bags(things, scene.boxes(things, rng)))
+            turns, words = (tell(turns, things, rng), None) if prose else (turns, bags(things, scene.random_boxes(things, rng)))
         return *tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), words
 
     def batches(start):
@@ -167,7 +167,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     def learn(batch):
         tokens, labels, words, rng = batch
         pictures = told(words, rng, forget=0.1, noise=0.3) if words else None
-        loss = model(tokens, labels=labels, pictures=pictures)
+        loss = model(tokens, labels=labels, image_features=pictures)
         loss.backward()
         return loss.detach()
 
@@ -177,7 +177,7 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     start = checkpoints.load()
     fit("toy LLaMA", learn, batches(start), steps, optimizers, checkpoints=checkpoints, start=start, every=SAVE_EVERY)
     tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
-    hf_format.write(folder, hf_format.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
+    hf_format.save_folder(folder, hf_config.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
     checkpoints.clear()
 
 
@@ -215,14 +215,14 @@ def initialize(llama: Llama) -> None:
 @torch.no_grad()
 def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, prose: bool):
     """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, its replies."""
-    told, drawn = BagEmbeddings(model, tokenizer), scene.scenes(rng, held_out=True)
+    told, drawn = BagEmbeddings(model, tokenizer), scene.random_scenes(rng, validation=True)
     rows, said = [], []
     for things in islice(drawn, count):
-        asked = [pair for kind in questions.QUESTIONS for pair in questions.ask(things, rng, 1, (kind,))]
-        told_scene = bags(things, scene.boxes(things, rng))
+        asked = [pair for kind in questions.QUESTION_TYPES for pair in questions.draw_questions(things, rng, 1, (kind,))]
+        told_scene = bags(things, scene.random_boxes(things, rng))
         turns = [prompts.make_turns([question], image_first=True) for _, question, _ in asked]
         turns = [tell(turn, things, rng) for turn in turns] if prose else turns
         pictures = None if prose else told([told_scene] * len(asked), rng)
-        said += replies(model, tokenizer, turns, pictures=pictures)
+        said += generate_replies(model, tokenizer, turns, image_features=pictures)
         rows += [{"type": kind, "conversations": [{}, {"value": answer}]} for kind, _, answer in asked]
     return rows, said

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..benchmarks.report import Told, write_report
-from ..chat import replies
+from ..benchmarks.report import Exchange, write_report
+from ..chat import generate_replies
 from ..conversation import IMAGE_TOKEN
 from ..image import open_image, preprocess
 from ..infra.io import read_json
@@ -43,8 +43,8 @@ def answer_toy(model, tokenizer, rows, images: Path, label="", batch_size=64) ->
     with Progress(label, len(rows), "questions") as progress:
         for start in range(0, len(rows), batch_size):
             batch = order[start : start + batch_size]
-            texts = replies(model, tokenizer, [rows[number]["conversations"][:1] for number in batch],
-                            pictures=torch.stack([seen[rows[number]["image"]] for number in batch]))
+            texts = generate_replies(model, tokenizer, [rows[number]["conversations"][:1] for number in batch],
+                            image_features=torch.stack([seen[rows[number]["image"]] for number in batch]))
             for number, text in zip(batch, texts):
                 said[number] = text
             progress.update(start + len(batch))
@@ -105,6 +105,6 @@ def write_toy_report(run: Path, data: Path, columns: dict, rows, said: list[str]
     told = {}
     for row, reply in zip(rows, said):
         question, truth = (turn["value"] for turn in row["conversations"])
-        told.setdefault(row["image"], []).append(Told(question, reply, truth, same(reply, truth)))
+        told.setdefault(row["image"], []).append(Exchange(question, reply, truth, same(reply, truth)))
     cards = [(data / "images" / file, asked) for file, asked in list(told.items())[:pictures]]
     write_report(run / "report.html", "A toy LLaVA", logs, columns, cards)

@@ -35,14 +35,14 @@ WHOLE = [  # texts that shall be one token: one that says nothing, and places an
 def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     """A BPE vocabulary of 448 pieces for everything that is said in the toy world, written to `path`."""
     rng = random.Random(seed)
-    drawn = scene.scenes(rng)
+    drawn = scene.random_scenes(rng)
     lines = [*prompts.BRIEF, *prompts.DETAILED] * 20
     for number, things in enumerate(islice(drawn, scenes)):
-        lines += [questions.caption(things, rng.randrange(questions.STYLES)), questions.description(things)]
-        asked = questions.ask(things, rng, 4, (*questions.QUESTIONS, *questions.REASONING))
+        lines += [questions.caption(things, rng.randrange(questions.CAPTION_STYLES)), questions.description(things)]
+        asked = questions.draw_questions(things, rng, 4, (*questions.QUESTION_TYPES, *questions.REASONING_TYPES))
         if number % 3 == 0:
             problem, _ = toy_scienceqa.draw_problem(drawn, False, rng)
-            asked += [("", scienceqa.question(problem).replace(IMAGE_TOKEN, "").strip(), scienceqa.answer(problem))]
+            asked += [("", scienceqa.format_question(problem).replace(IMAGE_TOKEN, "").strip(), scienceqa.format_answer(problem))]
         for _, question, answer in asked:
             lines += f"USER: {question} ASSISTANT: {answer}".split("\n")
     model = io.BytesIO()

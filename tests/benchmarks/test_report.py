@@ -2,66 +2,82 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nanollava.benchmarks.report import Told, curve, round_numbers, smooth, table, write_report
+from nanollava.benchmarks.report import (
+    Exchange,
+    axis_ticks,
+    loss_curve,
+    percent_table,
+    running_mean,
+    write_report,
+)
 
 LOG = [{"step": step, "loss": 2.0 / (1 + step)} for step in range(40)]
-LOG[-1]["held_out_loss"] = 0.06
+LOG[-1]["val_loss"] = 0.06
 
 
 class Page(HTMLParser):
-    """What a browser would show, and what it would fetch."""
+    """What a browser shows, and the addresses that it loads."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.words, self.addresses = [], [], []
+        self.open_tags, self.texts, self.addresses = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "img", "line", "polyline", "circle"):
-            self.open.append(tag)
+            self.open_tags.append(tag)
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
     def handle_startendtag(self, tag, attributes):
         pass
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
-def test_a_running_mean_begins_with_what_there_is():
-    assert smooth([4.0, 2.0, 0.0, 10.0], width=2) == [4, 3, 1, 5]
+def test_running_mean_of_the_first_values_is_over_fewer():
+    assert running_mean([4.0, 2.0, 0.0, 10.0], width=2) == [4, 3, 1, 5]
 
 
-def test_axes_have_round_numbers():
-    assert round_numbers(0.03, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+def test_axis_ticks_are_round_numbers():
+    assert axis_ticks(0.03, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
 
 
-def test_the_curve_falls_where_the_loss_does_and_has_a_dot_for_held_out_data():
-    svg = curve(LOG)
-    heights = [float(point.split(",")[1]) for point in svg.split('class="mean" points="')[1].split('"')[0].split()]
-    assert len(heights) == 40 and heights == sorted(heights)  # y counts from above
+def test_loss_curve_falls_with_the_loss_and_marks_validation():
+    svg = loss_curve(LOG)
+    points = svg.split('class="mean" points="')[1].split('"')[0].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(heights) == 40 and heights == sorted(heights)  # y counts from the top
     assert svg.count("<circle") == 1
-    assert curve(LOG[:1]) and curve([{"step": 0, "loss": 0.0}])  # a run of one step, a loss of nothing
 
 
-def test_a_table_leaves_open_what_a_column_does_not_have():
-    lines = table({"one": {"kind": 50.0, "all": 80.0}, "other": {"all": 7.25}}).splitlines()
-    assert lines[1].split() == ["kind", "50.0%"] and lines[2].split() == ["all", "80.0%", "7.2%"]
+def test_loss_curve_of_one_step_and_of_loss_zero():
+    assert loss_curve(LOG[:1]) and loss_curve([{"step": 0, "loss": 0.0}])
 
 
-def test_the_page_is_one_file_with_everything_in_it(world, tmp_path):
-    picture = next((world / "images").iterdir())
-    told = [Told("<image>\nWhat color?", "Red & <b>bright</b>.", "Blue.", False), Told("Is it?", "Yes.", "Yes.", True)]
+def test_percent_table_leaves_missing_cells_empty():
+    lines = percent_table({"one": {"kind": 50.0, "all": 80.0}, "other": {"all": 7.25}}).splitlines()
+    assert lines[0].split() == ["one", "other"]
+    assert lines[1].split() == ["kind", "50.0%"]
+    assert lines[2].split() == ["all", "80.0%", "7.2%"]
+
+
+def test_report_is_one_file_with_all_its_parts(world, tmp_path):
+    image = next((world / "images").iterdir())
+    exchanges = [Exchange("<image>\nWhat color?", "Red & <b>bright</b>.", "Blue.", False),
+                 Exchange("Is it?", "Yes.", "Yes.", True)]
     write_report(tmp_path / "report.html", "A <run>", {"Stage 1": LOG, "nothing yet": []},
-                 {"after": {"kind": 97.25, "all": 98.0}, "before": {"all": 3.0}}, [(picture, told), (None, told[1:])])
+                 {"after": {"kind": 97.25, "all": 98.0}, "before": {"all": 3.0}},
+                 [(image, exchanges), (None, exchanges[1:])])
     page = Page((tmp_path / "report.html").read_text())
-    assert page.open == []  # what was opened is closed
+    assert page.open_tags == []
     assert len(page.addresses) == 1 and page.addresses[0].startswith("data:image/png;base64,")
-    words = " ".join(page.words)
-    for text in ("A <run>", "Stage 1", "97.2%", "3.0%", "What color?", "✗ Red & <b>bright</b>.", "Blue.", "✓ Yes."):
-        assert text in words
-    assert "nothing yet" not in words and "<image>" not in words
-    assert words.count("Yes.") == 2  # the truth stands there only where the reply is not right
+    text = " ".join(page.texts)
+    for part in ("A <run>", "Stage 1", "97.2%", "3.0%", "What color?", "✗ Red & <b>bright</b>.",
+                 "Blue.", "✓ Yes.", "validation loss"):
+        assert part in text
+    assert "nothing yet" not in text and "<image>" not in text
+    assert text.count("Yes.") == 2  # the answer is shown only under a wrong reply

@@ -3,24 +3,26 @@ import json
 import pytest
 
 from nanollava.benchmarks.scienceqa import (
-    alone,
-    answer,
     complement,
-    judge,
-    letter_of,
-    question,
+    format_answer,
+    format_question,
+    gpt_job,
+    parse_choice,
     read_problems,
-    rows,
+    read_rows,
     score,
+    verdict_job,
 )
 from nanollava.infra.io import InputError
 from nanollava.teacher.ledger import Answer, Ledger
 
-COMET = {"question": "What is this?", "choices": ["a star", "a comet"], "answer": 1, "hint": "It has a tail.",
-         "image": "image.png", "grade": "grade4", "subject": "natural science", "lecture": "Comets have tails.",
+COMET = {"question": "What is this?", "choices": ["a star", "a comet"], "answer": 1,
+         "hint": "It has a tail.", "image": "image.png", "grade": "grade4",
+         "subject": "natural science", "lecture": "Comets have tails.",
          "solution": "This has one."}
-NOUN = {"question": "Which is a noun?", "choices": ["run", "dog", "red"], "answer": 1, "hint": "", "image": None,
-        "grade": "grade9", "subject": "language science", "lecture": "", "solution": "Dogs are things."}
+NOUN = {"question": "Which is a noun?", "choices": ["run", "dog", "red"], "answer": 1, "hint": "",
+        "image": None, "grade": "grade9", "subject": "language science", "lecture": "",
+        "solution": "Dogs are things."}
 
 
 @pytest.fixture
@@ -30,95 +32,111 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_problem_is_a_conversation_with_or_without_a_picture(folder):
-    noun, comet = rows(folder, "test")
+def test_problem_becomes_a_row_with_or_without_image(folder):
+    noun, comet = read_rows(folder, "test")
     assert comet == {"id": "7", "image": "test/7/image.png", "conversations": [
         {"from": "human", "value": "<image>\nQuestion: What is this?\nContext: It has a tail.\n"
                                    "Options: (A) a star (B) a comet"},
         {"from": "gpt", "value": "Comets have tails.\nThis has one.\nThe answer is B."}]}
-    assert "image" not in noun and noun["conversations"][0]["value"].startswith("Question: Which is a noun?\nOptions:")
+    assert "image" not in noun
+    assert noun["conversations"][0]["value"].startswith("Question: Which is a noun?\nOptions:")
 
 
-def test_the_answer_may_come_first():
-    assert answer(COMET, "answer-first") == "The answer is B.\nComets have tails.\nThis has one."
-    assert question(COMET) == question({**COMET, "answer": 0})  # nothing of the answer is in the question
+def test_answer_first_moves_the_letter_before_the_reasons():
+    answer = format_answer(COMET, "answer-first")
+    assert answer == "The answer is B.\nComets have tails.\nThis has one."
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("LECTURE: Comets.\nThe answer is B.", 1), ("The answer is B.\nBecause A is wrong.", 1), ("The answer is (A)", 0),
-    ("the answer is: A", 0), ("B", 1), (" (B) a comet", 1), ("B. a comet", 1),
-    ("The answer is a comet.", None), ("The answer is C.", None), ("A comet", None), ("", None),
-    ("The answer is A. No, the answer is B.", None), ("The answer is B. Yes, the answer is B.", 1),
+def test_question_does_not_depend_on_the_answer():
+    assert format_question(COMET) == format_question({**COMET, "answer": 0})
+
+
+@pytest.mark.parametrize("reply, choice", [
+    ("LECTURE: Comets.\nThe answer is B.", 1), ("The answer is B.\nBecause A is wrong.", 1),
+    ("The answer is (A)", 0), ("the answer is: A", 0), ("B", 1), (" (B) a comet", 1),
+    ("B. a comet", 1), ("The answer is a comet.", None), ("The answer is C.", None),
+    ("A comet", None), ("", None), ("The answer is A. No, the answer is B.", None),
+    ("The answer is B. Yes, the answer is B.", 1),
 ])
-def test_the_letter_that_a_reply_names(text, letter):
-    assert letter_of(text, choices=2) == letter
+def test_parse_choice_returns_the_only_option_named(reply, choice):
+    assert parse_choice(reply, num_choices=2) == choice
 
 
-def test_scores_by_category_what_cannot_be_read_is_wrong_and_counted(folder):
+def test_score_counts_unreadable_replies_as_wrong(folder):
     problems = read_problems(folder, "test")
     result = score(problems, {"7": "The answer is B.", "8": "I do not know."})
-    assert result["accuracy"] == {"NAT": 100, "SOC": None, "LAN": 0, "TXT": 100, "IMG": 100, "NO": 0, "G1-6": 100,
-                                  "G7-12": 0, "AVG": 50}
+    assert result["accuracy"] == {"NAT": 100, "SOC": None, "LAN": 0, "TXT": 100, "IMG": 100,
+                                  "NO": 0, "G1-6": 100, "G7-12": 0, "AVG": 50}
     assert (result["unreadable"], result["missing"], result["counts"]["AVG"]) == (1, 0, 2)
     assert score(problems, {"8": "The answer is B."})["missing"] == 1
 
 
-@pytest.mark.parametrize("problems, splits, image_error", [
-    ({"7": COMET}, {"train": ["7"]}, "there is no split 'test'"),
+@pytest.mark.parametrize("problems, splits, message", [
+    ([COMET], {"test": ["7"]}, "problems.json is not a JSON object"),
+    ({"7": COMET}, {"train": ["7"]}, "pid_splits.json has no split 'test'"),
     ({"7": COMET}, {"test": ["9"]}, "problem 9 of test is missing"),
     ({"7": {**COMET, "choices": None}}, {"test": ["7"]}, "problem 7 of test lacks choices"),
-    ({"7": {**COMET, "answer": 2}}, {"test": ["7"]}, "problem 7 of test"),
+    ({"7": {**COMET, "answer": 2}}, {"test": ["7"]}, "problem 7 of test: answer 2 is not one of"),
 ])
-def test_a_broken_problem_is_named(tmp_path, problems, splits, image_error):
+def test_error_names_the_broken_problem(tmp_path, problems, splits, message):
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
-    with pytest.raises(InputError, match=image_error):
+    with pytest.raises(InputError, match=message):
         read_problems(tmp_path, "test")
 
 
-class Gpt:
-    """Says the same to everybody, and remembers what it was asked."""
+class FakeGpt:
+    """Gives the same reply to every request, and records the requests."""
 
     def __init__(self, reply):
-        self.reply, self.heard = reply, []
+        self.reply, self.requests = reply, []
 
     def __call__(self, messages):
-        self.heard.append([message["content"] for message in messages])
+        self.requests.append([message["content"] for message in messages])
         return Answer(self.reply, 10, 2, complete=True)
 
 
 def run(job, reply) -> tuple[dict, list]:
-    gpt = Gpt(reply)
+    gpt = FakeGpt(reply)
     for item in job.pending():
         job.ask(item, gpt, lambda: True)
-    return dict(zip(job.items, job.result()[0])), gpt.heard
+    return dict(zip(job.items, job.results()[0])), gpt.requests
 
 
-def test_gpt_answers_alone_from_words_and_two_examples_and_may_say_that_it_cannot(folder, tmp_path):
+def test_gpt_reads_solved_examples_and_no_image(folder, tmp_path):
     problems = read_problems(folder, "test")
     with Ledger(tmp_path / "alone") as ledger:
-        answers, heard = run(alone(problems, [NOUN], ledger, "x"), "There is no way to tell.")
-    assert answers == {"8": "There is no way to tell.", "7": "There is no way to tell."} and len(heard) == 2
-    _, example, solved, asked = heard[1]
+        job = gpt_job(problems, [NOUN], ledger, "x")
+        answers, requests = run(job, "There is no way to tell.")
+    assert answers == dict.fromkeys(problems, "There is no way to tell.") and len(requests) == 2
+    _, example, solved, question = requests[1]
     assert example.startswith("Question: Which is a noun?") and solved.endswith("The answer is B.")
-    assert asked.startswith("(Here is a picture.)\nQuestion: What is this?")
+    assert question.startswith("(Here is a picture.)\nQuestion: What is this?")
 
 
-def test_as_complement_we_answer_what_gpt_cannot():
-    ours = {"7": "The answer is B.", "8": "The answer is A."}
-    assert complement({"7": COMET, "8": NOUN}, ours, {"7": "I see no picture.", "8": "The answer is B."}) == {
-        "7": "The answer is B.", "8": "The answer is B."}
-    assert complement({"7": COMET, "8": NOUN}, ours, {}) == ours
+def test_complement_uses_llava_where_gpt_names_no_option():
+    problems = {"7": COMET, "8": NOUN}
+    llava = {"7": "The answer is B.", "8": "The answer is A."}
+    gpt = {"7": "I see no picture.", "8": "The answer is B."}
+    assert complement(problems, llava, gpt) == {"7": "The answer is B.", "8": "The answer is B."}
+    assert complement(problems, llava, {}) == llava
 
 
-def test_the_judge_decides_where_the_letters_differ_and_only_there(folder, tmp_path):
+def test_judge_is_asked_only_where_the_letters_differ(folder, tmp_path):
     problems = read_problems(folder, "test")
-    ours = {"7": "Comets. The answer is B.", "8": "The answer is A."}
-    theirs = {"7": "The answer is B.", "8": "Dogs are things. The answer is B."}
+    llava = {"7": "Comets. The answer is B.", "8": "The answer is A."}
+    gpt = {"7": "The answer is B.", "8": "Dogs are things. The answer is B."}
     with Ledger(tmp_path / "verdicts") as ledger:
-        verdicts, heard = run(judge(problems, ours, theirs, ledger, "x"), "The second is right. The answer is B.")
-        assert verdicts == {"8": "The second is right. The answer is B."} and len(heard) == 1
-        assert "[Answer 1]\nThe answer is A." in heard[0][1] and "[Answer 2]\nDogs are things." in heard[0][1]
-    with Ledger(tmp_path / "undecided") as ledger:
-        verdicts, heard = run(judge(problems, ours, theirs, ledger, "x"), "Both are fine.")
-        assert verdicts == {"8": None} and len(heard) == 3  # asked again, then given up
+        job = verdict_job(problems, llava, gpt, ledger, "x")
+        verdicts, requests = run(job, "The second is right. The answer is B.")
+    assert verdicts == {"8": "The second is right. The answer is B."} and len(requests) == 1
+    assert "[Answer 1]\nThe answer is A." in requests[0][1]
+    assert "[Answer 2]\nDogs are things." in requests[0][1]
+
+
+def test_verdict_without_a_letter_is_rejected_three_times(folder, tmp_path):
+    problems = read_problems(folder, "test")
+    with Ledger(tmp_path / "verdicts") as ledger:
+        job = verdict_job(problems, {"7": "B"}, {"7": "B", "8": "B"}, ledger, "x")
+        verdicts, requests = run(job, "Both are fine.")
+    assert verdicts == {"8": None} and len(requests) == 3

@@ -21,11 +21,11 @@ def test_it_is_read_like_the_real_one(folder):
     for split, count in (("train", 200), ("val", 150), ("test", 150)):
         problems = scienceqa.read_problems(folder, split)
         assert len(problems) == count
-        for number, (_, pictures) in scienceqa.asked(problems, folder / split).items():
+        for number, (_, pictures) in scienceqa.questions_with_images(problems, folder / split).items():
             assert all(open_image(picture).size == (96, 96) for picture in pictures)
             assert len(pictures) == bool(problems[number]["image"])
     assert all(scienceqa.score(problems, {})["counts"].values())  # every category of the paper's table has some
-    assert all(row["conversations"][1]["value"].count("\n") == 2 for row in scienceqa.rows(folder, "train"))
+    assert all(row["conversations"][1]["value"].count("\n") == 2 for row in scienceqa.read_rows(folder, "train"))
 
 
 def test_the_right_option_is_what_the_solution_ends_with():
@@ -61,5 +61,5 @@ def test_training_and_test_never_meet(folder):
 
 
 def test_a_folder_that_is_there_stays(folder):
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         write_problems(folder)

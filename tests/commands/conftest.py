@@ -1,0 +1,59 @@
+"""What the tests of the commands share: running one as a user does, and small models on disk."""
+
+import importlib
+import sys
+
+import pytest
+
+from nanollava.infra.cli import one_line_errors
+from nanollava.weights import hf_config, hf_format
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command("train", "--stage", 1) -> (exit code, stdout, stderr), run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        module = importlib.import_module(name)
+        code = 0
+        try:
+            with one_line_errors():
+                module.main(module.parse_arguments())
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def error_of(command):
+    """error_of("train", "--stage", 3) -> the one line that a mistake ends with."""
+
+    def run(name, *arguments):
+        code, out, error = command(name, *arguments)
+        assert (code, out) == (2, "")
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def parts(model, tokenizer, tmp_path):
+    """The flags of train.py for a tiny CLIP and a tiny LLaMA with random weights."""
+    clip, llama = tmp_path / "clip", tmp_path / "llama"
+    hf_format.save_folder(clip, hf_config.clip_json(vars(model.config.vision)),
+                          model.vision_tower.state_dict())
+    hf_format.save_folder(llama, hf_config.llama_json(vars(model.config.text)),
+                          model.language_model.state_dict(), [tokenizer.path])
+    return "--vision", clip, "--llm", llama
+
+
+@pytest.fixture
+def run_folder(model, tokenizer, tmp_path):
+    """A tiny LLaVA with random weights, as train.py saves one."""
+    model.save_pretrained(tmp_path / "run", [tokenizer.path])
+    return tmp_path / "run"

@@ -1,0 +1,169 @@
+"""python -m nanollava.evaluate as a user meets it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanollava import evaluate
+from nanollava.infra.io import read_json
+from tests.benchmarks.test_scienceqa import COMET, NOUN
+
+ROOT = Path(__file__).parents[2]
+REQUIRED = {  # the arguments without which a command does not start
+    "toy": (), "ablations": (),
+    "report": ("--model", "m", "--data", "d", "--images", "i"),
+    "scienceqa": ("--data", "d", "--answers", "a"),
+    "bench": ("--questions", "q", "--reference", "r", "--context", "c", "--out", "o",
+              "--answers", "a"),
+}
+VALUES = {"--workers": 2, "--batch-size": 2, "--dtype": "float32", "--model": "m"}
+
+
+@pytest.fixture
+def scienceqa(tmp_path, world):
+    """A ScienceQA of two problems, one with an image, and a file of answers to them."""
+    (tmp_path / "test" / "7").mkdir(parents=True)
+    image = world / "images" / "train_000000.png"
+    (tmp_path / "test" / "7" / "image.png").write_bytes(image.read_bytes())
+    (tmp_path / "problems.json").write_text(json.dumps({"7": COMET, "8": NOUN}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["8"], "test": ["7", "8"]}))
+    answers = [{"question_id": 7, "text": "B"}, {"question_id": 8, "text": "C"}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    return "nanollava.evaluate", "scienceqa", "--data", tmp_path
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A LLaVA-Bench of one question; the arguments name its files."""
+    for name, row in {
+        "questions": {"question_id": 1, "image": "7.jpg", "text": "What?", "category": "conv"},
+        "reference": {"question_id": 1, "text": "A cat."},
+        "context": {"image": "7.jpg", "caption": "A cat."},
+        "answers": {"question_id": 1, "text": "A dog."},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    return ("nanollava.evaluate", "bench", "--questions", "questions", "--reference", "reference",
+            "--context", "context", "--out", "out.json")
+
+
+def base_url(server) -> tuple[str, str]:
+    return "--base-url", f"http://127.0.0.1:{server.server_port}/v1"
+
+
+def test_help_answers_without_torch():
+    code = "import sys, nanollava.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["", *evaluate.COMMANDS])
+def test_help_of_each_command(command, name):
+    code, out, _ = command("nanollava.evaluate", *name.split(), "--help")
+    assert code == 0 and f"usage: python -m nanollava.evaluate {name}" in out
+
+
+@pytest.mark.parametrize("name, flag, others", [
+    (name, flag, others) for name, needs in evaluate.NEEDS.items()
+    for flag, others in needs.items()])
+def test_flag_without_the_flag_it_needs_is_refused(error_of, name, flag, others):
+    error = error_of("nanollava.evaluate", name, *REQUIRED[name], flag, VALUES.get(flag, "x"))
+    assert f"{flag} has no effect without {' or '.join(others)}" in error
+
+
+@pytest.mark.parametrize("name, flag, other, reason", [
+    (name, flag, other, reason) for name, pairs in evaluate.CONFLICTS.items()
+    for (flag, other), reason in pairs.items()])
+def test_flag_in_conflict_with_another_is_refused(error_of, name, flag, other, reason):
+    arguments = [flag, VALUES.get(flag, "x"), other, VALUES.get(other, "x")]
+    error = error_of("nanollava.evaluate", name, *REQUIRED[name], *arguments)
+    assert f"{flag} has no effect with {other}: {reason}" in error
+
+
+@pytest.mark.parametrize("name", ["scienceqa", "bench"])
+def test_answers_must_come_from_somewhere(error_of, name):
+    assert "give --model" in error_of("nanollava.evaluate", name, *REQUIRED[name][:-2])
+
+
+def test_bench_with_a_model_needs_images(error_of):
+    error = error_of("nanollava.evaluate", "bench", *REQUIRED["bench"], "--model", "m")
+    assert "--model needs --images" in error
+
+
+def test_toy_evaluates_one_model_without_controls(command, run_folder, world):
+    code, out, _ = command("nanollava.evaluate", "toy", "--model", run_folder, "--data", world,
+                           "--limit", 4, "--out", "out.json", "--device", "cpu")
+    assert code == 0 and out.splitlines()[-1].split()[0] == "all"
+    assert list(read_json("out.json")) == ["model"]
+
+
+def test_toy_evaluates_a_run_with_controls_and_writes_its_page(command, run_folder, world,
+                                                               tmp_path):
+    for stage in ("stage1", "stage2"):
+        (tmp_path / stage).symlink_to(run_folder)
+    code, out, _ = command("nanollava.evaluate", "toy", "--run", tmp_path, "--data", world,
+                           "--limit", 4, "--device", "cpu")
+    columns = re.split(r"\s{2,}", out.splitlines()[0].strip())
+    assert (code, columns) == (0, ["after stage 2", "wrong picture", "after stage 1"])
+    assert "<img" in (tmp_path / "report.html").read_text()
+
+
+def test_report_adds_replies_to_the_page_of_a_run(command, run_folder, world):
+    (run_folder / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+    code, out, _ = command("nanollava.evaluate", "report", "--model", "run",
+                           "--data", world / "instruct.json", "--images", world / "images",
+                           "--limit", 2, "--device", "cpu")
+    assert (code, out) == (0, "run/report.html\n")
+    page = Path("run/report.html").read_text()
+    assert "<polyline" in page and page.count("<img") == 2
+
+
+def test_scienceqa_scores_a_model(command, scienceqa, run_folder):
+    code, out, error = command(*scienceqa, "--model", run_folder, "--out", "out.json",
+                               "--device", "cpu")
+    assert code == 0 and "AVG" in out and "2 replies name no option" in error
+    assert read_json("out.json")["accuracy"]["AVG"] == 0.0
+    assert len((run_folder / "scienceqa-test.jsonl").read_text().splitlines()) == 2
+
+
+def test_scienceqa_scores_a_file_of_answers(command, scienceqa):
+    code, out, _ = command(*scienceqa, "--answers", "answers.jsonl")
+    assert code == 0 and out.splitlines()[-1].split() == ["AVG", "50.0%"]
+
+
+def test_ensemble_asks_gpt_once_and_combines_its_answers(command, scienceqa, server):
+    def reply(body):
+        if "Two others" in body["messages"][0]["content"]:
+            return "The answer is A."  # wrong for both problems
+        is_comet = "a comet" in body["messages"][-1]["content"]
+        return "I see no picture." if is_comet else "The answer is B."
+
+    server.reply = reply
+    for _ in range(2):
+        code, out, _ = command(*scienceqa, "--answers", "answers.jsonl", "--ensemble", "gpt",
+                               *base_url(server), "--out", "out.json")
+        assert code == 0
+        assert out.splitlines()[0].split() == ["LLaVA", "GPT-4", "complement", "judge"]
+        assert out.splitlines()[-1].split() == ["AVG", "50.0%", "50.0%", "100.0%", "0.0%"]
+    # two problems alone, both in dispute; the second run asks nothing
+    assert len(server.heard) == 4
+    result = read_json("out.json")
+    assert result["accuracy"]["AVG"] == 50 and result["judge"]["accuracy"]["AVG"] == 0
+
+
+def test_bench_asks_for_each_grade_once(command, bench, server):
+    server.reply = lambda body: "8 6\nIt is a cat."
+    for _ in range(2):
+        code, out, _ = command(*bench, "--answers", "answers", *base_url(server))
+        assert code == 0 and out.splitlines()[-1].split() == ["all", "75.0%"]
+    assert len(server.heard) == 1
+    assert read_json("out.json")["grades"][0]["reasons"] == "It is a cat."
+
+
+def test_bench_names_the_questions_without_grade(command, bench, server):
+    server.reply = lambda body: "Both are good."
+    code, out, error = command(*bench, "--answers", "answers", *base_url(server))
+    assert code == 0 and "no grade for 1" in error
+    assert read_json("out.json")["scores"] == {}
