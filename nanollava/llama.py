@@ -1,28 +1,33 @@
-"""LLaMA, the language model f of section 4.1: RMSNorm, rotary attention, SwiGLU, and a KV cache.
+"""LLaMA, the language model f of section 4.1: RMSNorm, rotary attention, SwiGLU, a KV cache.
 
-Touvron et al., 2023 (arXiv 2302.13971), section 2.2. It takes embeddings, not tokens, for LLaVA puts
-pictures among them. Parameters carry the names of the public LLaMA and Vicuna checkpoints.
+Touvron et al., 2023 (arXiv 2302.13971), section 2.2. The input is embeddings, not tokens, because
+LLaVA puts image features among them. Parameters have the names of the public LLaMA and Vicuna
+files.
+
+Shapes: B rows, T tokens, D the hidden size, S the slots of the cache in use, V the vocabulary. For
+Vicuna-7B, D = 4096 = 32 heads of 128, and V = 32000.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import Embedding, Linear, RMSNorm, linear, recomputed
+from .layers import Embedding, Linear, RMSNorm, linear
 
 
 @dataclass
 class LlamaConfig:
-    """The size of a language model; the defaults are LLaMA-7B."""
+    """The size of a language model; the defaults are LLaMA-7B's."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # fewer than heads: grouped-query attention; None: as many
+    num_key_value_heads: int | None = None  # None: one for each query head
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -34,72 +39,125 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-def rope_cos_sin(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (B, T) to cosines and sines (B, T, 1, head_dim), always in float32; the first half of the sines is
-    negative, as `rotate` wants them.
+class LayerCache(NamedTuple):
+    """The cache of one layer: where the next keys and values go, and all of those in use."""
 
-    Made anew for every call from the positions alone: no buffer that `.to(bfloat16)` could round.
-    """
-    steps = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None, None] * config.rope_theta ** (-steps / config.head_dim)  # (B, T, 1, head_dim / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    keys: torch.Tensor  # (B, heads, S, head_dim)
+    values: torch.Tensor
+    positions: torch.Tensor  # (B, T), the slots of the next T tokens
 
-
-def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn the pair (x[i], x[i + head_dim / 2]) of each head by its angle: the layout of the public weights."""
-    cos, sin = (part.to(x.dtype) for part in angles)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)  # (a cos - b sin, b cos + a sin)
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, heads, T, head_dim); return the keys and values in use."""
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1), goes with positions (B, T)
+        self.keys[rows, :, self.positions] = k.transpose(1, 2)
+        self.values[rows, :, self.positions] = v.transpose(1, 2)
+        return self.keys, self.values
 
 
 class KVCache:
-    """Keys and values of each layer, with room for `length` tokens a row: token t of a row stands in slot t."""
+    """Keys and values of all layers: each token is computed once. Token t of a row is in slot t.
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("keys", "values"))
-                       for _ in range(config.num_hidden_layers)]
+    Rows may have different lengths: they are padded on the right, and the next token of a row
+    overwrites its first padding slot. Two prompts, then one token each:
 
-    def first(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first `length` slots of keys and values of each layer: what `Llama` reads and writes."""
-        return [(keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers]
+        slot       0    1    2    3    4
+        row 0     BOS  the  cat  is   new      lengths 4, then 5
+        row 1     BOS  hi   new  pad   -       lengths 2, then 3; slot 3 is masked until it is used
+    """
+
+    def __init__(self, config: LlamaConfig, batch_size: int, max_length: int, dtype: torch.dtype,
+                 device: torch.device | str):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of a row
+        self.num_slots = 0  # the longest row; a plain number, so that reading it needs no GPU sync
+
+    def append(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Make room for num_tokens (T) more in each row: their positions (B, T) and attention mask.
+
+        The mask (B, 1, T, S) is added to the attention scores. It is None for an empty cache, where
+        causal attention among the T tokens is all there is.
+        """
+        was_empty = self.num_slots == 0
+        steps = torch.arange(num_tokens, device=self.lengths.device)
+        positions = self.lengths[:, None] + steps  # (B, T)
+        self.lengths = self.lengths + num_tokens
+        self.num_slots += num_tokens
+        if was_empty:
+            return positions, None
+        key_positions = torch.arange(self.num_slots, device=positions.device)  # (S,)
+        future = (key_positions > positions[..., None])[:, None]  # (B, 1, T, S)
+        zero = torch.zeros((), dtype=self.keys[0].dtype, device=positions.device)
+        return positions, zero.masked_fill(future, -torch.inf)
+
+    def truncate(self, lengths: torch.Tensor) -> None:
+        """Keep the first `lengths` (B,) tokens of each row; the others were padding."""
+        self.num_slots = int(lengths.max())
+        self.lengths = lengths.to(self.lengths.device)
+
+    def layer(self, number: int, positions: torch.Tensor) -> LayerCache:
+        """One layer's part of the slots in use, for the tokens at `positions`."""
+        keys, values = self.keys[number], self.values[number]
+        return LayerCache(keys[:, :, : self.num_slots], values[:, :, : self.num_slots], positions)
+
+
+def rope_cos_sin(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (B, 1, T, head_dim) of the rotary angles at positions (B, T), in float32.
+
+    They are computed from the positions at every call: a buffer could be cast to bfloat16 by
+    accident.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (head_dim / 2,)
+    angles = positions[:, None, :, None] * frequencies  # (B, 1, T, head_dim / 2)
+    angles = torch.cat([angles, angles], dim=-1)  # both halves of a head turn by the same angles
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, heads, T, head_dim): the pair (x[i], x[i + head_dim / 2]) turns by angle i.
+
+    The public weights pair the two halves of a head, not neighbours as in the rotary paper.
+    """
+    first, second = x.chunk(2, dim=-1)
+    rotated_by_90 = torch.cat([-second, first], dim=-1)
+    return x * cos.to(x.dtype) + rotated_by_90 * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        D, Q, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.grouped = KV != Q
-        self.q_proj = Linear(D, Q * config.head_dim, bias=False)
+        D, H, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.grouped = KV != H  # grouped-query attention: several query heads share a key head
+        self.q_proj = Linear(D, H * config.head_dim, bias=False)
         self.k_proj = Linear(D, KV * config.head_dim, bias=False)
         self.v_proj = Linear(D, KV * config.head_dim, bias=False)
-        self.o_proj = Linear(Q * config.head_dim, D, bias=False)
+        self.o_proj = Linear(H * config.head_dim, D, bias=False)
 
-    def forward(self, x, positions, angles, mask=None, slots=None, wanted=None) -> torch.Tensor:
-        """x (B, T, D) at `positions` (B, T). Its keys and values go into `slots`, if given; with a mask (B, 1, T, S)
-        those are what x looks at, else it looks at itself, causally. `wanted` (n,): only these of the B * T tokens."""
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
+                mask: torch.Tensor | None = None, cache: LayerCache | None = None) -> torch.Tensor:
+        """x (B, T, D) to (B, T, D). Without a mask, attention is causal among the T tokens."""
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, angles), rotate(k, angles)
-        if slots is not None:
-            rows = torch.arange(B, device=x.device)[:, None]
-            for slot, new in zip(slots, (k, v)):
-                slot[rows, :, positions] = new
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
-        k, v = (k, v) if mask is None else slots
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(pick(y.transpose(1, 2).reshape(B, T, -1), wanted))
-
-
-def pick(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
-    """Of the B * T vectors of x (B, T, D) those that are wanted, (n, D), or all, as they are."""
-    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
+        # a query, a key and a value for each token and head
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # rotate queries and keys by their positions: a score then depends on the distance alone
+        q, k = apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope)
+        # with a cache, the keys and values of earlier tokens come before the new ones
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, heads, S, head_dim)
+        # softmax(q k^T / sqrt(head_dim) + mask) v
+        attn_out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        # join the heads and mix them
+        return self.o_proj(attn_out.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU: a gate decides how much of each hidden feature passes. For the gradients gate and feature are kept; what
-    came of them, as large, is cheap to make again."""
+    """SwiGLU (Shazeer, 2020): a gate scales each hidden feature."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -109,10 +167,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(H, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return recomputed(self.down, self.gate_proj(x), self.up_proj(x))
-
-    def down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -123,9 +178,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, positions, angles, mask=None, slots=None, wanted=None) -> torch.Tensor:
-        seen = self.self_attn(self.input_layernorm(x), positions, angles, mask, slots, wanted)
-        x = pick(x, wanted) + seen
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
+                mask: torch.Tensor | None = None, cache: LayerCache | None = None,
+                keep: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, T, D) to (B, T, D), or to (n, D) if only n of the B * T tokens are kept."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        # attention needed every token; what follows works on each token by itself
+        if keep is not None:
+            x = x.flatten(0, 1)[keep]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -141,41 +201,33 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.dtype = None  # of the arithmetic; None: that of the weights
-        self.checkpointing = False  # in training, keep only what goes into a block, and compute it twice
         self.model = LlamaModel(config)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        embeds = self.model.embed_tokens(tokens)  # (B, T) -> (B, T, D)
-        return embeds.to(self.dtype or embeds.dtype)
+        return self.model.embed_tokens(tokens)  # (B, T) -> (B, T, D)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear(hidden, head.weight)  # (..., D) -> (..., V)
 
-    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, slots=None, wanted=None):
+    def forward(self, embeds: torch.Tensor, cache: KVCache | None = None,
+                keep: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.
 
-        Without `positions` the tokens stand at 0..T-1 and each sees those before it; `slots` of a cache, if given,
-        are filled. With `positions` (B, T) they go on from those slots: each sees every one up to its own.
-        wanted: (n,) of the B * T tokens in reading order, where anybody reads the result. Then it is (n, D), and the
-        last block does for the others only what those see of them.
+        With a cache, the T tokens of a row follow those that the cache holds, and are added to it.
+        keep: (n,) indices into the B * T tokens, in reading order, whose output is needed. The
+        result is then (n, D), and the last block computes the MLP for them alone.
         """
         B, T, _ = embeds.shape
-        mask = None
-        if positions is None:
-            positions = torch.arange(T, device=embeds.device).expand(B, T)
+        if cache is None:
+            positions, mask = torch.arange(T, device=embeds.device).expand(B, T), None
         else:
-            there = torch.arange(slots[0][0].shape[2], device=embeds.device)
-            unseen = (there > positions[..., None])[:, None]  # (B, 1, T, slots)
-            # what attention would make of booleans, in every layer: added to its scores
-            mask = embeds.new_zeros(()).masked_fill(unseen, -torch.inf)
-        angles = rope_cos_sin(positions, self.config)
-        x = embeds
-        for number, block in enumerate(self.model.layers, 1):
-            last = number == len(self.model.layers)
-            where = (positions, angles, mask, slots[number - 1] if slots else None, wanted if last else None)
-            x = recomputed(block, x, *where) if self.checkpointing else block(x, *where)
+            positions, mask = cache.append(T)
+        rope = rope_cos_sin(positions, self.config)
+        x, last = embeds, len(self.model.layers) - 1
+        for number, block in enumerate(self.model.layers):
+            layer_cache = None if cache is None else cache.layer(number, positions)
+            x = block(x, rope, mask, layer_cache, keep if number == last else None)
         return self.model.norm(x)

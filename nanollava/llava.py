@@ -1,10 +1,14 @@
-"""LLaVA: figure 1 of the paper. A vision tower, a projector, a language model.
+"""LLaVA, figure 1 of the paper: a vision encoder, a projector and a language model.
 
-    picture X_v -> ViT -> Z_v -> projector W -> H_v  \\
-                                                      LLaMA -> answer X_a
-    instruction X_q -> token embeddings -> H_q       /
+    image X_v -> ViT -> Z_v -> projector W -> H_v  \\
+                                                     LLaMA -> answer X_a
+    instruction X_q -> token embeddings -> H_q     /
 
-H_v = W Z_v (equation 1) takes the place of the picture's tokens among the embeddings of the text.
+H_v = W Z_v (equation 1) takes the places of the image tokens among the embeddings of the text.
+
+Shapes, for CLIP ViT-L/14 and Vicuna-7B: an image is (1, 3, 224, 224), the ViT makes (1, 257, 1024)
+of it, without the class token (1, 256, 1024), and the projector (1, 256, 4096): 256 embeddings for
+LLaMA.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,22 +20,63 @@ import torch.nn.functional as F
 
 from .conversation import IGNORE_INDEX
 from .infra import distributed
+from .infra.device import to_device
+from .infra.io import InputError
 from .layers import Linear
 from .llama import KVCache, Llama, LlamaConfig
 from .lora import merge_lora
 from .vision import VisionConfig, VisionTower
-from .weights import hf_format
+from .weights import hf_config, hf_format
+
+
+class LinearProjector(nn.Module):
+    """The paper's projector: one linear layer, W of equation 1."""
+
+    hidden_act = "linear"  # the public layout's word for this type; None where it has none
+
+    def __init__(self, vision: VisionConfig, hidden_size: int):
+        super().__init__()
+        self.linear_1 = Linear(vision.hidden_size, hidden_size)
+
+    @staticmethod
+    def tokens_per_image(vision: VisionConfig) -> int:
+        return vision.num_patches
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_1(features)  # (N, P, D_vision) -> (N, P, D)
+
+
+class MLPProjector(LinearProjector):
+    """LLaVA-1.5's projector: two linear layers with GELU between them."""
+
+    hidden_act = "gelu"
+
+    def __init__(self, vision: VisionConfig, hidden_size: int):
+        super().__init__(vision, hidden_size)
+        self.linear_2 = Linear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+# A new type is added here and nowhere else (docs/training.md has a worked example).
+PROJECTORS = {"linear": LinearProjector, "mlp2x_gelu": MLPProjector}
 
 
 @dataclass
 class LlavaConfig:
     vision: VisionConfig
     text: LlamaConfig
-    projector: str = "linear"  # the paper's; "mlp2x_gelu" is LLaVA-1.5's
-    feature_layer: int = -2  # which block's output is read, counted from the end
+    projector: str = "linear"
+    feature_layer: int = -2  # the ViT block that is read, counted from the end
     image_token_id: int = 32000
     template: str = "vicuna_v1"
     stage: int = 0  # the last stage of training that this model went through
+
+    def __post_init__(self):
+        if self.projector not in PROJECTORS:
+            raise InputError(
+                f"projector {self.projector!r} is unknown, only {', '.join(PROJECTORS)} are known")
 
     @property
     def image_size(self) -> int:
@@ -39,160 +84,174 @@ class LlavaConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        return self.vision.num_patches
-
-
-class Projector(nn.Module):
-    """Z_v to H_v: one linear layer (the paper), or two with GELU between (LLaVA-1.5)."""
-
-    def __init__(self, config: LlavaConfig):
-        super().__init__()
-        D = config.text.hidden_size
-        self.linear_1 = Linear(config.vision.hidden_size, D)
-        self.linear_2 = Linear(D, D) if config.projector == "mlp2x_gelu" else None
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        x = self.linear_1(features)  # (N, P, D_vision) -> (N, P, D)
-        return x if self.linear_2 is None else self.linear_2(F.gelu(x))
+        return PROJECTORS[self.projector].tokens_per_image(self.vision)
 
 
 class Llava(nn.Module):
+    """N images, P tokens an image, B rows of T tokens, D the language model's hidden size."""
+
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
+        self.compute_dtype = None  # of activations; None: the dtype of the weights
         self.vision_tower = VisionTower(config.vision)
-        self.multi_modal_projector = Projector(config)
+        projector = PROJECTORS[config.projector]
+        self.multi_modal_projector = projector(config.vision, config.text.hidden_size)
         self.language_model = Llama(config.text)
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> "Llava":
-        """Do the arithmetic in `dtype`; the weights stay as they are."""
-        self.language_model.dtype = dtype
-        return self
-
-    def compile_blocks(self) -> "Llava":
-        """Make one graph of every transformer block, for rows of any length. Names of weights stay as they are, and
-        what is hooked to a block (`fully_shard`) stays outside."""
-        torch._dynamo.config.recompile_limit = 64  # training, evaluation, a prompt, next tokens; the last block; one row
-        for block in (*self.vision_tower.encoder.layers, *self.language_model.model.layers):
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
-        return self
 
     @property
     def device(self) -> torch.device:
         return self.vision_tower.embeddings.class_embedding.device
 
-    def see(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) to the language model's space, H_v (N, P, D). The class token is dropped."""
-        dtype = self.language_model.dtype or self.vision_tower.embeddings.class_embedding.dtype
-        images = images.to(self.device, dtype, non_blocking=True)
-        return self.multi_modal_projector(self.vision_tower(images, self.config.feature_layer)[:, 1:])
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.vision_tower.embeddings.class_embedding.dtype
 
-    def merge_image_features(self, tokens: torch.Tensor, pictures: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings (B, T, D) of tokens (B, T), the picture tokens replaced in reading order by (N, P, D)."""
-        is_image = tokens == self.config.image_token_id
-        where = is_image.flatten().nonzero()[:, 0]
-        given = 0 if pictures is None else pictures.shape[0] * pictures.shape[1]
-        if len(where) != given:
-            raise ValueError(f"{len(where)} picture tokens in the text, but pictures for {given}")
-        embeds = self.language_model.embed(tokens.masked_fill(is_image, 0).to(self.device, non_blocking=True))
-        if given:
-            where, pictures = where.to(self.device, non_blocking=True), pictures.to(embeds.dtype)
-            embeds = embeds.flatten(0, 1).index_copy(0, where, pictures.flatten(0, 1)).view_as(embeds)
-        return embeds
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All transformer blocks."""
+        return [*self.vision_tower.encoder.layers, *self.language_model.model.layers]
 
-    def forward(self, tokens, images=None, labels=None, pictures=None) -> torch.Tensor:
-        """Logits (B, T, V), or with `labels` (B, T) the mean loss over those that are not -100 (equation 3).
+    def encode_images(self, images: torch.Tensor | None) -> torch.Tensor:
+        """Pixels (N, 3, H, W) to image features H_v (N, P, D); None means no images, N = 0."""
+        if images is None:  # there is nothing for the ViT to do
+            grid = (0, self.config.vision.num_patches, self.config.vision.hidden_size)
+            patches = torch.zeros(grid, dtype=self.dtype, device=self.device)
+        else:
+            pixels = to_device(images, self.device).to(self.dtype)
+            features = self.vision_tower(pixels, self.config.feature_layer)  # (N, 1 + P, D_vision)
+            patches = features[:, 1:]  # without the class token
+        # The projector runs on zero images too: in training its gradient then exists, as zeros, on
+        # a rank whose rows have no image, and gradients can be averaged over ranks.
+        return self.multi_modal_projector(patches)
 
-        tokens: (B, T) int64, ragged rows filled up on the right with anything. images: (N, 3, H, W), all
-        pictures of the batch in reading order; or `pictures`, (N, P, D), what `see` made of them before.
-        With labels, logits are computed only where there is something to learn.
+    def merge_image_features(self, tokens: torch.Tensor, image_features: torch.Tensor):
+        """Embed tokens (B, T), and put features (N, P, D) in place of image tokens: (B, T, D).
 
-        Tokens and labels are best on the CPU: where pictures stand and what is learned is found where they are, and
-        nobody waits for a GPU to tell.
+            tokens    BOS  "USER:"  IMG  IMG  IMG  "What"  "color"  ...
+            embeds     e      e     h_1  h_2  h_3     e       e     ...
+
+        The i-th image token in reading order gets the i-th of the N * P features.
+        Raises ValueError if their numbers differ.
         """
-        if images is not None:
-            pictures = self.see(images)
-        embeds = self.merge_image_features(tokens, pictures)  # (B, T, D)
-        if pictures is None and labels is not None and self.multi_modal_projector.linear_1.weight.requires_grad:
-            # the projector takes part, with nothing, so that all processes have the same gradients to share
-            size = self.config.image_size
-            embeds = embeds + 0 * self.see(torch.zeros(1, 3, size, size, device=self.device)).sum()
+        is_image = tokens == self.config.image_token_id  # (B, T)
+        rows, columns = is_image.nonzero(as_tuple=True)
+        features = image_features.flatten(0, 1)  # (N * P, D)
+        if len(rows) != len(features):
+            raise ValueError(
+                f"{len(rows)} image tokens in the text, but {len(features)} image features")
+        # the image token lies past the vocabulary: token 0 stands in for it until it is replaced
+        text_tokens = to_device(tokens.masked_fill(is_image, 0), self.device)
+        embeds = self.language_model.embed(text_tokens).to(self.dtype)
+        where = to_device(rows, self.device), to_device(columns, self.device)
+        return embeds.index_put(where, features.to(self.dtype))
+
+    def forward(self, tokens: torch.Tensor, images: torch.Tensor | None = None,
+                labels: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
+                reduction: str = "mean") -> torch.Tensor:
+        """Logits (B, T, V), or with labels (B, T) the loss of equation 3 over the targets.
+
+        tokens: (B, T) int64. Shorter rows are padded on the right with any token: attention is
+            causal, so no real token sees the padding. (transformers pads on the left.)
+        images: (N, 3, H, W), all images of the batch in reading order; or instead image_features
+            (N, P, D), made by `encode_images`.
+        reduction: "mean" or "sum" over the targets, which are the labels other than -100. Logits
+            are computed only there. A mean over no targets is 0.
+
+        Tokens and labels should be on the CPU: finding image tokens and targets then needs no GPU
+        sync.
+        """
+        # 1. the image becomes features in the language model's space
+        if image_features is None:
+            image_features = self.encode_images(images)
+        # 2. the features take the places of the image tokens
+        embeds = self.merge_image_features(tokens, image_features)  # (B, T, D)
         if labels is None:
             return self.language_model.logits(self.language_model(embeds))
-        targets = labels.roll(-1, dims=1)  # what comes next
+        # 3. position t predicts token t + 1, and only answers are predicted
+        targets = labels.roll(-1, dims=1)
         targets[:, -1] = IGNORE_INDEX
-        learned = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]
-        targets = targets.flatten()[learned].to(self.device, non_blocking=True)
-        hidden = self.language_model(embeds, wanted=learned.to(self.device, non_blocking=True))
-        logits = self.language_model.logits(hidden)  # (learned tokens, V)
-        # a sum, not a mean: where nothing is to be learned the loss is 0, a mean would be no number
-        return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(logits))
+        keep = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]  # (n,)
+        targets = to_device(targets.flatten()[keep], self.device)
+        # 4. hidden states and logits where there is a target
+        hidden = self.language_model(embeds, keep=to_device(keep, self.device))  # (n, D)
+        logits = self.language_model.logits(hidden)  # (n, V)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return loss if reduction == "sum" else loss / max(1, len(targets))
 
     @torch.no_grad()
-    def generate(self, tokens, images=None, max_new_tokens=512, temperature=0.0, top_p=1.0, eos_id=None,
-                 lengths=None, pictures=None):
+    def generate(self, tokens: torch.Tensor, images: torch.Tensor | None = None, max_new_tokens=512,
+                 temperature=0.0, top_p=1.0, eos_id: int | None = None,
+                 lengths: torch.Tensor | None = None, image_features: torch.Tensor | None = None):
         """Yield the next token of every row, (B,) int64, step by step.
 
-        tokens (B, T): prompts, shorter ones filled up on the right, with their true `lengths` (B,); None: all T.
-        images or pictures: as in `forward`.
-        temperature 0 takes the likeliest token; else it is drawn from the likeliest ones that together have
-        probability top_p. With eos_id, a row that ended goes on yielding it, and all stops when all rows ended.
+        tokens: (B, T) prompts, shorter ones padded on the right.
+        images, image_features: as in `forward`.
+        temperature, top_p: as in `sample_next_token`.
+        eos_id: a row that has ended keeps yielding it, and generation stops when all rows have
+            ended; without it, generation runs for max_new_tokens.
+        lengths: (B,) tokens of each prompt without its padding; None means T.
         """
         B, T = tokens.shape
-        lengths = (torch.full((B,), T) if lengths is None else lengths).to(self.device)
-        embeds = self.merge_image_features(tokens, pictures if images is None else self.see(images))
-        cache = KVCache(self.config.text, B, T + max_new_tokens, embeds.dtype, embeds.device)
-        last = torch.arange(B, device=self.device) * T + lengths - 1
-        hidden = self.language_model(embeds, slots=cache.first(T), wanted=last)[:, None]  # (B, 1, D)
+        lengths = torch.full((B,), T) if lengths is None else lengths
+        if image_features is None:
+            image_features = self.encode_images(images)
+        embeds = self.merge_image_features(tokens, image_features)  # (B, T, D)
+        cache = KVCache(self.config.text, B, T + max_new_tokens, self.dtype, self.device)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
+        # the prompts: only the last token of each row predicts
+        last = to_device(torch.arange(B) * T + lengths - 1, self.device)  # (B,)
+        hidden = self.language_model(embeds, cache, keep=last)[:, None]  # (B, 1, D)
+        cache.truncate(lengths)  # drop the padding; new tokens take its slots
         for step in range(max_new_tokens):
-            if step > 0:
-                positions = (lengths + step - 1)[:, None]  # a padding token's slot is overwritten before it is seen
-                embeds = self.language_model.embed(token[:, None])  # (B, 1, D)
-                hidden = self.language_model(embeds, positions, cache.first(T + step))
-            token = sample_next_token(self.language_model.logits(hidden)[:, 0].float(), temperature, top_p)
+            logits = self.language_model.logits(hidden)[:, 0].float()  # (B, V)
+            next_token = sample_next_token(logits, temperature, top_p)  # (B,)
             if eos_id is not None:
-                token = token.masked_fill(ended, eos_id)
-                ended |= token == eos_id
-            yield token
-            if eos_id is not None and ended.all():
+                next_token = next_token.masked_fill(ended, eos_id)
+                ended |= next_token == eos_id
+            yield next_token
+            if step + 1 == max_new_tokens or (eos_id is not None and ended.all()):
                 return
+            # feed one token a row back; it attends to everything in the cache
+            embeds = self.language_model.embed(next_token[:, None]).to(self.dtype)  # (B, 1, D)
+            hidden = self.language_model(embeds, cache)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
-        """A LLaVA folder: one of ours, or of the public Hugging Face layout."""
-        config = hf_format.read_config(folder, hf_format.llava_config)
-        parts = {"vision": VisionConfig(**config["vision"]), "text": LlamaConfig(**config["text"])}
-        config = LlavaConfig(**config | parts)
-        with torch.device("meta"):
+        """Open a LLaVA folder: one of ours, or the public Hugging Face layout.
+
+        dtype None keeps the dtype of the files. Raises InputError, naming the folder.
+        """
+        fields = hf_config.read_config(folder, hf_config.llava_config)
+        parts = {"vision": VisionConfig(**fields["vision"]), "text": LlamaConfig(**fields["text"])}
+        config = LlavaConfig(**fields | parts)
+        with torch.device("meta"):  # shapes without memory; the file's tensors take their places
             model = cls(config)
-        tensors = hf_format.read_tensors(folder, hf_format.llava_name)
-        if config.projector == "linear":
-            hf_format.drop_identity(tensors, folder)
-        hf_format.drop_image_token(tensors, config.text.vocab_size, config.image_token_id)
-        hf_format.load(model, tensors, folder, dtype, device)
+        hf_format.load_llava(model, folder, fields, dtype, device)
         return model
 
     @classmethod
-    def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1", feature_layer=-2,
-                   dtype=torch.float32, device="cpu") -> "Llava":
-        """A CLIP folder and a LLaMA folder, with a fresh projector between them."""
-        vision = VisionConfig(**hf_format.read_config(vision_folder, hf_format.vision_config))
-        text = LlamaConfig(**hf_format.read_config(llm_folder, hf_format.text_config))
-        config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size, template=template)
+    def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1",
+                   feature_layer=-2, dtype=torch.float32, device="cpu") -> "Llava":
+        """Join a CLIP folder and a LLaMA folder with a fresh projector."""
+        vision = VisionConfig(**hf_config.read_config(vision_folder, hf_config.vision_config))
+        text = LlamaConfig(**hf_config.read_config(llm_folder, hf_config.text_config))
+        config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size,
+                             template=template)
         with torch.device("meta"):
             model = cls(config)
-        for module, folder, rename in ((model.vision_tower, vision_folder, hf_format.clip_name),
-                                       (model.language_model, llm_folder, hf_format.llama_name)):
-            hf_format.load(module, hf_format.read_tensors(folder, rename), folder, dtype, device)
-        model.multi_modal_projector = Projector(config).to(device, dtype)
+        hf_format.load_vision_tower(model.vision_tower, vision_folder, dtype, device)
+        hf_format.load_llama(model.language_model, llm_folder, dtype, device)
+        fresh = PROJECTORS[projector](vision, text.hidden_size)
+        model.multi_modal_projector = fresh.to(device, dtype)
         return model
 
-    def save_pretrained(self, folder: str | Path, files=(), dtype: torch.dtype | None = None) -> None:
-        """Write config.json and safetensors in the public layout, and copies of `files` (the tokenizer.model).
+    def save_pretrained(self, folder: str | Path, files=(),
+                        dtype: torch.dtype | None = None) -> None:
+        """Write config.json and safetensors in the public layout, and copies of `files`.
 
-        dtype: of the tensors in the file; None: as they are. A model cut over processes is put together tensor by
-        tensor; all processes must call this, and the first one writes.
+        dtype: of the tensors in the file; None keeps theirs. All ranks must call this: a sharded
+        model is gathered tensor by tensor, and rank 0 writes.
         """
         tensors = {}
         for name, tensor in self.state_dict().items():
@@ -201,19 +260,24 @@ class Llava(nn.Module):
                 tensors[name] = tensor.to("cpu", dtype)
 
         def write() -> None:
-            public = hf_format.llava_tensors(merge_lora(tensors), self.config.image_token_id)
-            hf_format.write(folder, hf_format.llava_json(asdict(self.config)), public, files)
+            hidden_act = PROJECTORS[self.config.projector].hidden_act
+            merged = merge_lora(tensors)
+            hf_format.save_llava(folder, asdict(self.config), hidden_act, merged, files)
 
         distributed.on_rank0(write)
 
 
 def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Logits (B, V) to one token a row, (B,)."""
+    """Logits (B, V) to one token a row, (B,).
+
+    Temperature 0 takes the likeliest token. Otherwise it is drawn from the smallest set of likely
+    tokens whose probabilities add up to top_p (nucleus sampling).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # however low the temperature, the likeliest stays finite
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # finite after division by any temperature
     probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have already
+    before = probabilities.cumsum(dim=-1) - probabilities  # of all likelier tokens together
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    probabilities[:, 0].clamp_(min=1e-9)  # top_p 0 still leaves the likeliest
+    probabilities[:, 0].clamp_(min=1e-9)  # top_p = 0 keeps the likeliest token
     return order.gather(1, torch.multinomial(probabilities, 1))[:, 0]

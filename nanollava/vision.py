@@ -1,8 +1,12 @@
-"""CLIP's vision transformer: the frozen eye of LLaVA, g(X_v) in section 4.1 of the paper.
+"""CLIP's vision transformer (ViT), LLaVA's frozen vision encoder: g(X_v) in section 4.1 of the
+paper.
 
-A picture is cut into patches, each patch becomes a vector, a class token joins them, and a stack of
-pre-norm transformer blocks lets them look at each other (Radford et al., 2021, section 2.4). LLaVA reads
-the patch vectors of the block before the last. Parameters carry the names of the public CLIP checkpoints.
+An image is cut into patches. Each patch becomes a vector, a class token goes in front of them, and
+pre-norm transformer blocks let all of them attend to each other (Radford et al., 2021, section
+2.4). Parameters have the names of the public CLIP files.
+
+Shapes: N images, P patches, D the hidden size. For CLIP ViT-L/14 at 224 pixels, P = 16 * 16 = 256
+and D = 1024.
 """
 
 from dataclasses import dataclass
@@ -11,12 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import Embedding, LayerNorm, Linear, PatchEmbedding, normal
+from .layers import Embedding, LayerNorm, Linear, PatchEmbedding, normal_
 
 
 @dataclass
 class VisionConfig:
-    """The size of a vision tower; the defaults are CLIP ViT-L/14 at 224 pixels."""
+    """The size of a vision tower; the defaults are CLIP ViT-L/14's at 224 pixels."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -36,12 +40,12 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class Embeddings(nn.Module):
-    """Picture to tokens: a linear map of each patch, a class token in front, learned positions."""
+    """Images to vectors: a linear map of each patch, a class token in front, learned positions."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         D = config.hidden_size
-        self.class_embedding = nn.Parameter(normal(torch.empty(D), D**-0.5))
+        self.class_embedding = nn.Parameter(normal_(torch.empty(D), D**-0.5))
         self.patch_embedding = PatchEmbedding(D, config.patch_size)
         self.position_embedding = Embedding(config.num_patches + 1, D)
 
@@ -65,8 +69,9 @@ class Attention(nn.Module):
             proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, D / heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+        # every patch attends to every other; only CLIP's text tower is causal
+        attn_out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(attn_out.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
@@ -80,7 +85,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block. CLIP's text tower is made of the same blocks, made causal."""
+    """A pre-norm transformer block. CLIP's text tower has the same blocks, with causal
+    attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -104,18 +110,23 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
+        D, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the public spelling
+        self.pre_layrnorm = LayerNorm(D, eps)  # the public files spell it so
         self.encoder = Encoder(config)
-        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's, not LLaVA's
+        self.post_layernorm = LayerNorm(D, eps)  # for CLIP's own loss; LLaVA does not use it
 
-    def forward(self, images: torch.Tensor, layer: int = -2) -> torch.Tensor:
-        """Pictures (N, 3, H, W) to the output of one block, (N, 1 + P, D), the class token first.
+    def forward(self, images: torch.Tensor, feature_layer: int = -2) -> torch.Tensor:
+        """Images (N, 3, H, W) to the output of one block, (N, 1 + P, D), the class token first.
 
-        `layer` counts from the end as in the paper: -1 is the last block, -2 the one before. No block
-        beyond it is run, and no final norm.
+        feature_layer counts from the end: -1 is the last block, -2 the one before it. LLaVA reads
+        -2. CLIP's loss reads only the class token of the last block, so that block is not trained
+        to describe patches; with -1 the paper loses 0.96 points (table 8). With -2 the last block
+        and the final norm never run. They are loaded and saved all the same, so that the files
+        stay those of a CLIP.
         """
         x = self.pre_layrnorm(self.embeddings(images))
-        for block in self.encoder.layers[: len(self.encoder.layers) + 1 + layer]:
+        num_blocks = len(self.encoder.layers) + 1 + feature_layer  # 23 of 24 for -2
+        for block in self.encoder.layers[:num_blocks]:
             x = block(x)
         return x

@@ -4,14 +4,14 @@ from nanollava import Llava
 from nanollava.lora import add_lora, merge_lora
 
 
-def test_lora_begins_as_the_model_that_it_is_put_into_and_merges_into_a_plain_one(model, tmp_path):
+def test_lora_starts_as_the_plain_model_and_merges_into_one(model, tmp_path):
     tokens = torch.randint(0, 100, (2, 7))
     before = model(tokens)
     model.requires_grad_(False)
-    learned = add_lora(model.language_model, rank=3)
+    parameters = add_lora(model.language_model, rank=3)
     assert torch.equal(model(tokens), before)
-    assert [p for p in model.parameters() if p.requires_grad] == learned and len(learned) == 2 * 7 * 2  # A, B; 2 blocks
-    for parameter in learned:
+    assert [p for p in model.parameters() if p.requires_grad] == parameters and len(parameters) == 2 * 7 * 2  # A, B; 2 blocks
+    for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     after = model(tokens)
     assert (after - before).abs().max() > 0.01

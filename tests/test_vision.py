@@ -6,19 +6,19 @@ TINY = VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_si
                     num_attention_heads=2)
 
 
-def test_a_picture_becomes_a_class_token_and_its_patches():
+def test_image_becomes_a_class_token_and_patches():
     assert VisionTower(TINY)(torch.randn(2, 3, 32, 32)).shape == (2, 1 + 16, 16)
 
 
-def test_the_layer_counts_from_the_end_and_blocks_beyond_it_do_not_run():
+def test_feature_layer_counts_from_the_end_and_later_blocks_do_not_run():
     tower, images = VisionTower(TINY), torch.randn(1, 3, 32, 32)
-    before_last = tower(images, layer=-2)
-    assert torch.equal(tower.encoder.layers[-1](before_last), tower(images, layer=-1))
-    tower.encoder.layers[-1].forward = None  # would be called, and fail, if it ran
-    assert torch.equal(tower(images, layer=-2), before_last)
+    before_last = tower(images, feature_layer=-2)
+    assert torch.equal(tower.encoder.layers[-1](before_last), tower(images, feature_layer=-1))
+    tower.encoder.layers[-1].forward = None  # a call would fail
+    assert torch.equal(tower(images, feature_layer=-2), before_last)
 
 
-def test_patches_are_read_row_by_row():
+def test_patches_are_in_reading_order():
     tower = VisionTower(TINY)
     image = torch.zeros(1, 3, 32, 32)
     image[:, :, 8:16, 24:32] = 1  # second row, fourth column
@@ -27,7 +27,7 @@ def test_patches_are_read_row_by_row():
     assert changed == [1 + 1 * 4 + 3]
 
 
-def test_a_block_agrees_with_torch_own_encoder_layer():
+def test_block_matches_torch_encoder_layer():
     ours = VisionTower(TINY).encoder.layers[0]
     theirs = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0, activation=quick_gelu,
                                               batch_first=True, norm_first=True)
