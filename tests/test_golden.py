@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nanollava import Llava
 from nanollava.image import open_image, preprocess
 from nanollava.llama import Llama, LlamaConfig
-from nanollava.weights import hf_format
+from nanollava.weights import hf_config, hf_format, safetensors_io
 
 GOLDEN = Path(__file__).parent / "golden"
 VALUES = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "values.npz").items()}
@@ -66,7 +66,7 @@ def test_a_layer_may_be_counted_from_the_front(llava, tmp_path):
     assert Llava.from_pretrained(tmp_path / "llava").config == llava.config
 
 
-@pytest.mark.parametrize("folder, dtype, shard", [("linear", torch.float16, hf_format.SHARD),
+@pytest.mark.parametrize("folder, dtype, shard", [("linear", torch.float16, safetensors_io.MAX_SHARD_BYTES),
                                                   ("mlp", torch.bfloat16, 20_000)])
 def test_transformers_reads_what_we_write(tmp_path, monkeypatch, folder, dtype, shard):
     """These were saved by nanollava, with a linear projector and with LLaVA-1.5's; transformers computed the logits."""
@@ -77,7 +77,7 @@ def test_transformers_reads_what_we_write(tmp_path, monkeypatch, folder, dtype, 
     said = torch.cat(list(model.generate(tokens, images, max_new_tokens=12)))
     assert said.tolist() == VALUES[f"{folder} said"].tolist()
 
-    monkeypatch.setattr(hf_format, "SHARD", shard)
+    monkeypatch.setattr(safetensors_io, "MAX_SHARD_BYTES", shard)
     model.to(dtype).save_pretrained(tmp_path)  # and it is what we write today
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (GOLDEN / folder).iterdir()}
     for path in (GOLDEN / folder).glob("*.safetensors"):
@@ -99,9 +99,9 @@ def test_a_clip_and_a_llama_become_the_parts_of_a_llava(clip):
 
 def test_the_golden_values_would_notice():
     """The models are lively enough to tell a wrong detail from rounding: here the base of the rotary angles."""
-    config = hf_format.read_config(GOLDEN / "llama", hf_format.text_config)
+    config = hf_config.read_config(GOLDEN / "llama", hf_config.text_config)
     llama = Llama(LlamaConfig(**config | {"rope_theta": 10000.0}))
-    hf_format.load(llama, hf_format.read_tensors(GOLDEN / "llama"), GOLDEN / "llama", torch.float32, "cpu")
+    hf_format.load_llama(llama, GOLDEN / "llama", torch.float32, "cpu")
     logits = llama.logits(llama(llama.embed(VALUES["llama tokens"][None])))[0]
     assert (logits - VALUES["llama logits"]).abs().max() > 0.1
 

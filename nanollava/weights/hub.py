@@ -1,10 +1,12 @@
-"""Public weights from the Hugging Face hub, over plain HTTPS.
+"""Downloads public weights from the Hugging Face hub, over plain HTTPS.
 
-The hub lists a repository's files as JSON, with their sizes and SHA-256, and serves each at one address. Only what
-a model folder needs is taken: config.json, tokenizer.model, safetensors. Some folders (the lmsys Vicuna, OpenAI's
-CLIP) have pickles (*.bin) instead: those are read without executing anything and rewritten as safetensors.
+The hub lists the files of a repository as JSON, with sizes and SHA-256, and serves each at a URL.
+Only the files of a model folder are downloaded: config.json, tokenizer.model, safetensors. Some
+repositories (lmsys' Vicuna, OpenAI's CLIP) have pickles (*.bin) instead. Those are read without
+running the code that a pickle may carry, and converted to safetensors.
 
-A download that breaks off goes on where it stopped, in this run or the next; the folder appears when it is whole.
+A download that breaks off resumes where it stopped, in this run or in the next one. The folder
+appears under its name when it is complete.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,83 +24,120 @@ import torch
 from ..infra.http import BearerAuth, is_invalid_request, read_api_key, retry_delay
 from ..infra.io import InputError, lock_file
 from ..infra.progress import Progress
-from .hf_format import write_tensors
+from .safetensors_io import write_tensors
 
 HUB = "https://huggingface.co"
-BLOCK = 1 << 16  # bytes; so much of what came last is lost where a connection breaks
-ATTEMPTS = 6  # that may fail in a row
+BLOCK = 1 << 16  # bytes written at a time; a broken connection loses less than one block
+MAX_FAILURES = 6  # in a row
+
+
+@dataclass
+class RemoteFile:
+    url: str
+    path: Path  # where it goes, as yet incomplete or missing
+    size: int
+    sha256: str | None  # None for small files, for which the hub has none
+
+    def received(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
 
 def get(url: str, start: int = 0) -> requests.Response:
-    """The answer to one request for a file from byte `start` on.
+    """Send one request for a file from byte `start` on.
 
-    Raises InputError for what asking again would not change, requests.RequestException for what it may.
+    Raises InputError where a retry cannot help, requests.RequestException where it may.
     """
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    answer = requests.get(url, headers=headers, auth=BearerAuth(read_api_key("HF_TOKEN")), stream=True, timeout=30)
-    if answer.status_code in (401, 403):
-        raise InputError(f"{url}: the hub refuses ({answer.status_code}): there is no such repository, or it is "
-                         "private or asks for consent: give that on its page and set HF_TOKEN")
-    if answer.status_code in (400, 404, 410):
-        raise InputError(f"{url}: the hub has no such thing ({answer.status_code})")
-    answer.raise_for_status()
-    return answer
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    auth = BearerAuth(read_api_key("HF_TOKEN"))
+    reply = requests.get(url, headers=headers, auth=auth, stream=True, timeout=30)
+    if reply.status_code in (401, 403):
+        raise InputError(f"{url}: access denied ({reply.status_code}): the repository does not "
+                         "exist, is private, or has terms to accept; accept them on its page and "
+                         "set HF_TOKEN")
+    if reply.status_code in (400, 404, 410):
+        raise InputError(f"{url}: not found on the hub ({reply.status_code})")
+    reply.raise_for_status()
+    return reply
 
 
-def patiently(attempt, come=lambda: 0):
-    """attempt(), again after a while as long as the network fails. Where come(), the bytes that have come, is more than
-    ever before, failures are counted from one again."""
-    failures, most = 0, come()
+def retry(attempt, received=lambda: 0):
+    """Call attempt() until the network does not fail, and return its result.
+
+    received() is the number of bytes so far: after progress, failures are counted from one again.
+    Raises InputError after MAX_FAILURES without progress.
+    """
+    failures, most = 0, received()
     while True:
         try:
             return attempt()
         except requests.RequestException as error:
-            failures = 1 if come() > most else failures + 1
-            most = max(most, come())
-            if is_invalid_request(error) or failures > ATTEMPTS:
-                raise InputError(f"{error} (the same command goes on where it stopped)") from error
+            failures = 1 if received() > most else failures + 1
+            most = max(most, received())
+            if is_invalid_request(error) or failures > MAX_FAILURES:
+                message = f"{error} (to resume the download, run the same command again)"
+                raise InputError(message) from error
             time.sleep(retry_delay(failures, getattr(error.response, "headers", None)))
 
 
-def needed(names: list[str]) -> list[str]:
-    """Of a repository's files those that make a model folder. Raises InputError where there are no weights."""
+def select_files(names: list[str]) -> list[str]:
+    """The files of a repository that make a model folder; safetensors rather than pickles.
+
+    Raises InputError if there are no weights.
+    """
     kinds = (r"model\.safetensors", r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
              r"pytorch_model(-\d+-of-\d+)?\.bin")
-    weights = next(filter(None, ([name for name in names if re.fullmatch(kind, name)] for kind in kinds)), [])
+    matches = ([name for name in names if re.fullmatch(kind, name)] for kind in kinds)
+    weights = next(filter(None, matches), [])
     if "config.json" not in names or not weights:
-        raise InputError("the repository is no model folder: it lacks config.json, or *.safetensors and *.bin")
+        raise InputError("the repository is not a model folder: it has no config.json, or neither "
+                         "model*.safetensors nor pytorch_model*.bin")
     return [name for name in ("config.json", "tokenizer.model") if name in names] + weights
 
 
-def download(url: str, path: Path, size: int, sha256: str | None, report) -> None:
-    """One file, from where an earlier attempt stopped. report() is called as bytes come.
+def list_files(hub: str, repository: str, revision: str) -> tuple[str, dict[str, dict]]:
+    """The commit of a branch, tag or commit, and the hub's entry of each file to download."""
+    url = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    listing = retry(lambda: get(url).json())
+    try:
+        entries = {entry["rfilename"]: entry for entry in listing["siblings"]}
+        entries = {name: entries[name] for name in select_files(list(entries))}
+        return str(listing["sha"]), {
+            name: {"size": int(entry["size"]), "sha256": (entry.get("lfs") or {}).get("sha256")}
+            for name, entry in entries.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{url}: the reply is not the hub's list of files ({reason})") from error
 
-    Raises InputError if its size or its SHA-256 is wrong even after a second download.
+
+def download(file: RemoteFile, report) -> None:
+    """Download the bytes of a file that are missing. report() is called for each block.
+
+    Raises InputError if size or SHA-256 is wrong even after a second download.
     """
     def attempt():
-        start = size_of(path)
-        if start >= size:
+        start = file.received()
+        if start >= file.size:
             return
-        with get(url, start) as answer, open(path, "ab") as file:
-            if start and answer.status_code != 206:  # the server sends all of it again
-                file.truncate(0)
-            for block in answer.iter_content(BLOCK):
-                file.write(block)
+        with get(file.url, start) as reply, open(file.path, "ab") as output:
+            if start and reply.status_code != 206:  # the server ignores Range and sends everything
+                output.truncate(0)
+            for block in reply.iter_content(BLOCK):
+                output.write(block)
                 report()
-            os.fsync(file.fileno())
-        if size_of(path) < size:
-            raise requests.ConnectionError(f"{url} broke off after {size_of(path)} of {size} bytes")
+            os.fsync(output.fileno())
+        if file.received() < file.size:
+            raise requests.ConnectionError(
+                f"{file.url} broke off after {file.received()} of {file.size} bytes")
 
     for _ in range(2):
-        patiently(attempt, lambda: size_of(path))
-        if size_of(path) == size and sha256 in (None, sha256_of(path)):
+        retry(attempt, file.received)
+        if file.received() == file.size and file.sha256 in (None, sha256_of(file.path)):
             return
-        path.unlink()  # perhaps a broken piece of an earlier attempt
-    raise InputError(f"{url}: what comes is not what the hub announces ({size} bytes, SHA-256 {sha256})")
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+        file.path.unlink()  # an earlier run may have left wrong bytes
+    raise InputError(f"{file.url}: the download does not have the size or SHA-256 that the hub "
+                     f"announces ({file.size} bytes, {file.sha256})")
 
 
 def sha256_of(path: Path) -> str:
@@ -109,65 +149,82 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(repository: str, out: Path, revision: str = "main") -> None:
-    """The model folder of a repository ("lmsys/vicuna-7b-v1.5") at a branch, tag or commit, to `out`."""
+    """Download a repository ("lmsys/vicuna-7b-v1.5") at a branch, tag or commit to folder `out`."""
     out = out.resolve()
     if out.exists():
-        raise InputError(f"{out} is there already; remove it or choose another --out")
+        raise InputError(f"{out} exists already; remove it or choose another --out")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise InputError(f"{repository} is no repository: say OWNER/NAME, as in lmsys/vicuna-7b-v1.5")
+        raise InputError(f"{repository} is not OWNER/NAME, as in lmsys/vicuna-7b-v1.5")
     hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    address = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
-    listing = patiently(lambda: get(address).json())
-    try:
-        files, commit = {row["rfilename"]: row for row in listing["siblings"]}, str(listing["sha"])
-        names = needed(list(files))
-        sizes = {name: int(files[name]["size"]) for name in names}
-        digests = {name: (files[name].get("lfs") or {}).get("sha256") for name in names}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{address}: this is not what a hub answers ({type(error).__name__}: {error})") from error
+    commit, entries = list_files(hub, repository, revision)
 
-    # what has come so far waits beside `out`, under the commit's name: another revision would not mix with it
-    waiting = out.with_name(f".{out.name}.{commit[:12]}.part")
-    whole, pickles = waiting / "whole", waiting / "pickles"
-    for folder in (whole, pickles):
+    # The commit is part of the name, so files of two revisions never mix.
+    partial = out.with_name(f".{out.name}.{commit[:12]}.part")
+    model, pickles = partial / "model", partial / "pickles"
+    for folder in (model, pickles):
         folder.mkdir(parents=True, exist_ok=True)
-    place = {name: (pickles if name.endswith(".bin") else whole) / name for name in names}
-
-    def come() -> int:
-        return sum(map(size_of, place.values())) // 10**6
-
-    with open(waiting / "lock", "w") as file:
-        lock_file(file, out)
-        for stray in {*whole.iterdir()} - {*place.values()}:  # of a conversion that was killed
-            stray.unlink()
-        missing = sum(sizes[name] * (1 + name.endswith(".bin")) - size_of(place[name]) for name in names)
-        free = shutil.disk_usage(waiting).free
-        if missing > free:
-            raise InputError(f"{out}: {missing / 1e9:.1f} GB are to come, but the disk has {free / 1e9:.1f} GB left")
-        with Progress(repository, sum(sizes.values()) // 10**6, "MB", come()) as progress:
-            for name in names:
-                download(f"{hub}/{repository}/resolve/{commit}/{name}", place[name], sizes[name], digests[name],
-                         lambda: progress.update(come()))
+    files = [RemoteFile(f"{hub}/{repository}/resolve/{commit}/{name}",
+                        (pickles if name.endswith(".bin") else model) / name, **entry)
+             for name, entry in entries.items()]
+    with open(partial / "lock", "w") as lock:
+        lock_file(lock, out)
+        for stray in {*model.iterdir()} - {file.path for file in files}:
+            stray.unlink()  # left by a conversion that was killed
+        check_disk_space(files, out)
+        download_all(files, repository)
         if any(pickles.iterdir()):
-            unpickle(sorted(pickles.iterdir()), whole)
-        whole.rename(out)
-    shutil.rmtree(waiting)
+            convert_pickles(sorted(pickles.iterdir()), model)
+        model.rename(out)
+    shutil.rmtree(partial)
 
 
-def unpickle(paths: list[Path], folder: Path) -> None:
-    """Pickled tensors to safetensors in a folder; memory-mapped, so that what is read is written and forgotten."""
+def download_all(files: list[RemoteFile], label: str) -> None:
+    def megabytes() -> int:
+        return sum(file.received() for file in files) // 10**6
+
+    total = sum(file.size for file in files) // 10**6
+    with Progress(label, total, "MB", initial=megabytes()) as progress:
+        for file in files:
+            download(file, lambda: progress.update(megabytes()))
+
+
+def check_disk_space(files: list[RemoteFile], out: Path) -> None:
+    """Raises InputError if the rest of the download, and the conversion of pickles, do not fit."""
+    missing = sum(file.size - file.received() for file in files)
+    missing += sum(file.size for file in files if file.path.suffix == ".bin")
+    free = shutil.disk_usage(out.parent).free
+    if missing > free:
+        raise InputError(f"{out}: {missing / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB "
+                         "of the disk are free")
+
+
+def convert_pickles(paths: list[Path], folder: Path) -> None:
+    """Convert pickled tensors to safetensors in a folder.
+
+    Raises InputError if a file holds anything but tensors.
+    """
     tensors = {}
     for path in paths:
-        try:
-            try:
-                part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
-                part = torch.load(path, map_location="cpu", weights_only=True)
-            if not all(isinstance(tensor, torch.Tensor) for tensor in part.values()):
-                raise ValueError("not all of it is tensors")
-        except Exception as error:  # torch.load raises whatever its parts raise
-            raise InputError(f"{path} holds more than weights, or is broken: {str(error).splitlines()[0]}") from error
-        tensors |= part
+        tensors |= load_pickle(path)
+    # safetensors refuses two tensors that share memory: all but one of them are copied
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
-    write_tensors(folder, {name: tensor if owners[tensor.untyped_storage().data_ptr()] == name else tensor.clone()
-                           for name, tensor in tensors.items()})  # safetensors refuses two names for one memory
+    for name, tensor in tensors.items():
+        if owners[tensor.untyped_storage().data_ptr()] != name:
+            tensors[name] = tensor.clone()
+    write_tensors(folder, tensors)
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """With `weights_only`, torch.load unpickles tensors and runs no other code."""
+    try:
+        try:
+            # memory-mapped, so that the weights need not fit in memory
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError("some values are not tensors")
+    except Exception as error:  # torch.load raises errors of many types
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is broken or holds more than weights: {reason}") from error
+    return tensors

@@ -137,12 +137,12 @@ def make_linear(pixels):
 def make_mlp(pixels):
     """The same with the other projector. The picture's token is in the vocabulary, as in the public LLaVA-1.5."""
     from nanollava import Llava, llama, llava, vision
-    from nanollava.weights import hf_format
+    from nanollava.weights import safetensors_io
 
     text = llama.LlamaConfig(**TEXT | {"num_hidden_layers": 1}, tie_word_embeddings=True)
     tower = vision.VisionConfig(**VISION | {"num_hidden_layers": 1})
     config = llava.LlavaConfig(tower, text, "mlp2x_gelu", feature_layer=-1, image_token_id=IMAGE_TOKEN, stage=2)
-    hf_format.SHARD = 20_000
+    safetensors_io.MAX_SHARD_BYTES = 20_000
     randomize(Llava(config), seed=4).bfloat16().save_pretrained(HERE / "mlp")
     model = open_strictly(LlavaForConditionalGeneration, "mlp")
     return answers(model, [1, *numbers(2, 5), *[IMAGE_TOKEN] * IMAGE_LENGTH, *numbers(6, 6)], pixels[:1])
