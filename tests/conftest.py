@@ -50,6 +50,6 @@ def server(monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     yield server
-    server.slept.set()
+    server.closing.set()
     server.shutdown()
     server.server_close()

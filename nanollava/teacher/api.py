@@ -1,14 +1,13 @@
-"""A language model over REST: messages in, text out, and no answer that was paid for is ever lost or bought twice.
+"""A client for language models over REST: messages in, one answer out.
 
-The client speaks /chat/completions, to OpenAI or any server that does as OpenAI does. The ledger is a file with one
-JSON object a line, one line an answer, on the disk before the answer counts. The key is read from OPENAI_API_KEY, and
-stands in no file and no message.
+It speaks /chat/completions, as OpenAI and most other servers do. The key comes from OPENAI_API_KEY
+and appears in no file and no message.
 """
 
 import queue
 import threading
 from dataclasses import replace
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import requests
 
@@ -17,128 +16,183 @@ from ..infra.io import InputError
 from .ledger import Answer, RequestError, guess_tokens
 
 OPENAI = "https://api.openai.com/v1"
-ATTEMPTS = 8  # of one request that the network or the server fails
-FIRST_ATTEMPTS = 3  # where no server was ever reached
-FATAL_CODES = {401, 402, 403, 404, "401", "402", "403", "404", "insufficient_quota", "billing_not_active",
-            "invalid_api_key", "model_not_found"}  # status, code or type of an error that every request would meet
+ATTEMPTS = 8  # per request, while the network or the server fails
+FIRST_ATTEMPTS = 3  # as long as no server has ever been reached
+# status, code or type of an error that would repeat for every request
+FATAL_CODES = {"401", "402", "403", "404", "insufficient_quota", "billing_not_active",
+               "invalid_api_key", "model_not_found"}
+RETRY_STATUSES = {408, 409, 425, 429}  # and all from 500 up
+
+
+class RetryableError(Exception):
+    """This attempt failed, another may succeed; `headers` may say when."""
+
+    def __init__(self, problem: str, headers=None):
+        super().__init__(problem)
+        self.headers = headers
 
 
 class Chat:
-    """chat(messages) -> Answer. Safe to call from several threads; `stop` ends all waiting.
+    """chat(messages) -> Answer. Thread-safe; setting `stop` ends all waiting.
 
-    Raises InputError, with the server's own words, where no request can succeed (a wrong key, an unknown model, no
-    credit), and RequestError where this one cannot. timeout: seconds that one answer may take.
+    Raises InputError, with the server's own words, if no request can succeed (a wrong key, an
+    unknown model, no credit), and RequestError if this one cannot.
+    timeout: seconds for one complete reply.
     """
 
     def __init__(self, model: str, base_url: str = OPENAI, timeout: float = 600.0):
-        self.model, self.timeout, self.stop, self.reached = model, timeout, threading.Event(), False
+        self.model, self.timeout, self.stop = model, timeout, threading.Event()
+        self.server_reached = False
         self.options = {"temperature": 1.0, "max_tokens": 2048}
         self.key = read_api_key("OPENAI_API_KEY")
         if base_url == OPENAI and not self.key:
-            raise InputError("there is no key: set OPENAI_API_KEY, or name a server that needs none with --base-url")
-        try:
-            address = urlsplit(base_url)
-            host = address.hostname or ""
-        except ValueError:
-            address, host = None, ""
-        if not host or address.scheme not in ("http", "https"):
-            raise InputError(f"--base-url {base_url} is no address of a server: it begins with http:// or https://")
-        path = address.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.url = urlunsplit(address._replace(path=path))  # Azure has ?api-version= behind the path
-        self.shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{path}"
+            raise InputError("OPENAI_API_KEY is not set: set it, or use --base-url to name "
+                             "a server that needs no key")
+        address = completions_address(base_url)
+        self.url = urlunsplit(address)
+        # for messages: without user, password and query
+        self.public_url = (f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
+                           f"{address.path}")
         secrets = (self.key, address.query, address.username, address.password)
-        self.hidden = [text for text in secrets if text and len(text) >= 4]
-        self.auth = BearerAuth(self.key, "api-key", "") if host.endswith(".azure.com") else BearerAuth(self.key)
+        self.secrets = [text for text in secrets if text and len(text) >= 4]
+        azure = address.hostname.endswith(".azure.com")
+        self.auth = BearerAuth(self.key, "api-key", "") if azure else BearerAuth(self.key)
 
     def __call__(self, messages: list[dict]) -> Answer:
         problem, headers = "", None
         for attempt in range(ATTEMPTS):
             if attempt > 0 and self.stop.wait(retry_delay(attempt, headers)):
                 raise RequestError("stopped")
-            headers = None
             try:
-                reply = self.post({"model": self.model, "messages": messages, **self.options})
-                self.reached, headers = True, reply.headers
-                if reply.ok and not reply.is_redirect:
-                    body = reply.json()
-                    if "error" not in body or "choices" in body:
-                        answer = read(body, messages)
-                        return replace(answer, text=self.hide(answer.text))
-                problem = self.judge(reply)
+                return self.request(messages)
+            except RetryableError as error:
+                problem, headers = str(error), error.headers
             except requests.RequestException as error:
-                problem = self.clean(f"{type(error).__name__}: {error}")
-                nobody = "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error)
-                if is_invalid_request(error) or (nobody and not self.reached and attempt + 1 >= FIRST_ATTEMPTS):
-                    raise InputError(f"cannot reach {self.shown}: {problem}") from None
-            except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:  # JSON, but no answer
-                problem = self.clean(f"no answer in the reply: {type(error).__name__} {error}")
+                problem, headers = self.one_line(f"{type(error).__name__}: {error}"), None
+                no_server = ("NewConnectionError" in repr(error)
+                             or "NameResolutionError" in repr(error))
+                give_up = no_server and not self.server_reached and attempt + 1 >= FIRST_ATTEMPTS
+                if give_up or is_invalid_request(error):
+                    raise InputError(f"cannot reach {self.public_url}: {problem}") from None
         raise RequestError(f"{problem} ({ATTEMPTS} attempts)")
 
-    def post(self, body: dict) -> requests.Response:
-        """The reply, once it is whole. Raises requests.Timeout after `timeout` seconds in all.
+    def request(self, messages: list[dict]) -> Answer:
+        """One attempt. Raises RetryableError or requests.RequestException if it may be repeated."""
+        options = self.options
+        reply = self.post({"model": self.model, "messages": messages, **options})
+        self.server_reached = True
+        if reply.ok and not reply.is_redirect:
+            try:
+                body = reply.json()
+                # some servers report an error with status 200
+                if "error" not in body or "choices" in body:
+                    answer = parse_answer(body, messages)
+                    return replace(answer, text=self.redact(answer.text))
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError,
+                    RecursionError) as error:
+                problem = f"the reply holds no answer: {type(error).__name__} {error}"
+                raise RetryableError(self.one_line(problem), reply.headers) from None
+        raise RetryableError(self.check_error(reply, options), reply.headers)
 
-        The time-out of requests begins anew with every byte, so a server that sends one now and then would hold a
-        worker for ever: it gets a thread of its own, which nobody waits for.
+    def post(self, body: dict) -> requests.Response:
+        """Send a request and wait for the complete reply.
+
+        Raises requests.Timeout after `timeout` seconds in all. The timeout of requests restarts
+        with every byte, so a server that sends a byte now and then could block a worker forever.
+        Therefore each request has a thread of its own, which is abandoned after the timeout.
         """
         outcome = queue.SimpleQueue()
 
-        def work():
+        def send():
             try:
-                outcome.put(requests.post(self.url, json=body, auth=self.auth, allow_redirects=False,
-                                          timeout=min(self.timeout, 86_400)))
+                outcome.put(requests.post(self.url, json=body, auth=self.auth,
+                                          allow_redirects=False, timeout=min(self.timeout, 86_400)))
             except Exception as error:
                 outcome.put(error)
 
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=send, daemon=True).start()
         try:
             reply = outcome.get(timeout=min(self.timeout, threading.TIMEOUT_MAX))
         except queue.Empty:
-            raise requests.Timeout(f"no whole answer within {self.timeout:g} seconds") from None
+            seconds = f"{self.timeout:g} seconds"
+            raise requests.Timeout(f"no complete answer within {seconds}") from None
         if isinstance(reply, Exception):
             raise reply
         return reply
 
-    def judge(self, reply: requests.Response) -> str:
-        """What a server said instead of an answer, if it is worth asking again; raises if it is not."""
+    def check_error(self, reply: requests.Response, options: dict) -> str:
+        """The server's error message, if the request may be repeated.
+
+        options: what the request was sent with. Raises InputError or RequestError otherwise.
+        """
+        status = reply.status_code
         try:
             error = reply.json()["error"]
             error = error if isinstance(error, dict) else {"message": error}
         except (ValueError, KeyError, TypeError, RecursionError):
-            error = {"message": self.clean(reply.text)[:200]}
-        problem, status = self.clean(f"{reply.status_code} {error.get('message')}"), reply.status_code
+            error = {"message": self.one_line(reply.text)[:200]}
+        problem = self.one_line(f"{status} {error.get('message')}")
         if reply.is_redirect:
-            raise InputError(f"{self.shown} sends us to another address; if that is right, name it with --base-url")
-        if FATAL_CODES & {status, str(error.get("code")), str(error.get("type"))}:
-            raise InputError(f"{self.shown}: {problem}")
-        # newer models of OpenAI want another name for the one, and nothing of the other
-        if status == 400 and "max_completion_tokens" in problem and "max_tokens" in self.options:
-            self.options = {**self.options, "max_completion_tokens": self.options["max_tokens"]}
-            del self.options["max_tokens"]
-        elif status == 400 and "temperature" in problem and "temperature" in self.options:
-            self.options = {key: value for key, value in self.options.items() if key != "temperature"}
-        elif status < 500 and status not in (408, 409, 425, 429):
+            raise InputError(f"{self.public_url} redirects to another address: "
+                             "if that is correct, name it with --base-url")
+        if FATAL_CODES & {str(status), str(error.get("code")), str(error.get("type"))}:
+            raise InputError(f"{self.public_url}: {problem}")
+        adapted = status == 400 and self.adapt_options(problem, options)
+        if not adapted and status < 500 and status not in RETRY_STATUSES:
             raise RequestError(problem)
         return problem
 
-    def hide(self, text: str) -> str:
-        """A text without the key or what else an address may hide."""
-        for hidden in self.hidden:
-            text = text.replace(hidden, "[hidden]")
+    def adapt_options(self, problem: str, options: dict) -> bool:
+        """Change the option that a model rejects; False if `problem` is about something else.
+
+        OpenAI's newer models call max_tokens max_completion_tokens and accept no temperature.
+        """
+        if "max_completion_tokens" in problem and "max_tokens" in options:
+            names = {"max_tokens": "max_completion_tokens"}
+            self.options = {names.get(name, name): value for name, value in self.options.items()}
+        elif "temperature" in problem and "temperature" in options:
+            self.options = {name: value for name, value in self.options.items()
+                            if name != "temperature"}
+        else:
+            return False
+        return True
+
+    def redact(self, text: str) -> str:
+        """The text without the key and without secrets from the address."""
+        for secret in self.secrets:
+            text = text.replace(secret, "[hidden]")
         return text
 
-    def clean(self, text: str) -> str:
-        """The same in one line."""
-        return " ".join(self.hide(text).split())
+    def one_line(self, text: str) -> str:
+        """The redacted text on one line."""
+        return " ".join(self.redact(text).split())
 
 
-def read(body: dict, messages: list[dict]) -> Answer:
-    """The answer in a reply; where it does not say how many tokens it took, they are guessed."""
+def completions_address(base_url: str) -> SplitResult:
+    """The address of a server's /chat/completions. Raises InputError if base_url is not a URL."""
+    try:
+        address = urlsplit(base_url)
+        valid = bool(address.hostname) and address.scheme in ("http", "https")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise InputError(f"--base-url {base_url} is not the address of a server: "
+                         "it must begin with http:// or https://")
+    # Azure has a query, ?api-version=, behind the path
+    path = address.path.rstrip("/").removesuffix("/chat/completions")
+    return address._replace(path=f"{path}/chat/completions")
+
+
+def parse_answer(body: dict, messages: list[dict]) -> Answer:
+    """The answer in a reply. Token counts that the reply does not give are estimated."""
     choice, usage = body["choices"][0], body.get("usage")
     text = choice["message"].get("content") or ""
-    text = text.encode("utf-8", "replace").decode()  # half a character is "?"
-    took = []
-    for key, guess in (("prompt_tokens", sum(guess_tokens(message["content"]) for message in messages)),
-                       ("completion_tokens", guess_tokens(text))):
-        said = usage.get(key) if isinstance(usage, dict) else None
-        took.append(said if type(said) is int and said > 0 else guess)
-    return Answer(text, *took, choice.get("finish_reason") not in ("length", "content_filter"))
+    text = text.encode("utf-8", "replace").decode()  # an unpaired surrogate becomes "?"
+    guesses = {"prompt_tokens": sum(guess_tokens(message["content"]) for message in messages),
+               "completion_tokens": guess_tokens(text)}
+    counts = []
+    for name, guess in guesses.items():
+        count = usage.get(name) if isinstance(usage, dict) else None
+        counts.append(count if type(count) is int and count > 0 else guess)
+    complete = choice.get("finish_reason") not in ("length", "content_filter")
+    return Answer(text, *counts, complete)

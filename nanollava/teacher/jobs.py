@@ -1,4 +1,9 @@
-"""Many requests, one good answer each."""
+"""Many requests to a language model, one good answer each (the data engine, section 3).
+
+The data engine and both judges of section 5 are jobs. A `Job` says which requests there are and
+which replies are good, the ledger keeps the replies, and `chat`, any callable from messages to an
+`Answer`, makes them. Rejected replies are retried.
+"""
 
 import hashlib
 import json
@@ -7,138 +12,151 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 
 from ..infra.io import InputError
 from ..infra.progress import Progress, print0
 from .ledger import Ledger, RequestError, dollars
 
-
-def in_parallel(work: Callable, items: Iterable, workers: int, stop: threading.Event):
-    """Yield work(item) as each is done, `workers` at a time; items are drawn only when a worker is free.
-
-    Where work raises, or the caller stops reading, no new item is begun; those under way come to their end, for they
-    may have been paid for.
-    """
-    with ThreadPoolExecutor(workers) as pool:
-        pending = set()
-        try:
-            for item in items:
-                pending.add(pool.submit(work, item))
-                while len(pending) >= workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        except BaseException:
-            stop.set()  # nobody waits any longer to ask again
-            under_way = sum(future.running() for future in pending)
-            if under_way:
-                print0(f"\nwaiting for {under_way} answers that are under way, for they may be paid for")
-            raise
+TRIES = 3  # replies per item; if all of them are rejected, the item is given up
 
 
-TRIES = 3  # of one request, as long as the replies must be rejected
-
-
+@dataclass
 class Job:
-    """Many requests of one kind to one model, one good answer each, from a ledger and a `chat` that fills it.
+    """Requests of one kind to one model. Results depend on these fields and the ledger alone."""
 
-    Of each item, `messages` makes what is asked, and `read`, with a reply, what is wanted; it raises ValueError,
-    saying why, for a reply that must be asked for again. `name` begins the item's key in the ledger; `unit` is what
-    the user calls the items. What comes out depends on the ledger and on these alone.
-    """
-
-    def __init__(self, kind: str, model: str, ledger: Ledger, items: list, unit: str, item_id: Callable,
-                 messages: Callable, parse: Callable):
-        self.kind, self.model, self.ledger, self.items, self.unit = kind, model, ledger, items, unit
-        self.item_id, self.messages, self.parse = item_id, messages, parse
+    kind: str  # the task; part of every key in the ledger
+    model: str  # name of the language model
+    ledger: Ledger
+    items: list  # one request each; their type is up to the three functions below
+    unit: str  # what messages to the user call the items: "images"
+    item_id: Callable  # (item) -> text that begins the item's key in the ledger
+    messages: Callable  # (item) -> the messages of its request, as the chat API takes them
+    parse: Callable  # (item, reply) -> its result; ValueError, with the reason, rejects the reply
 
     def key(self, item) -> str:
-        """Names a request in the ledger: other words, or another model, are another request."""
-        asked = json.dumps([self.model, self.messages(item)], ensure_ascii=True)
-        return f"{self.item_id(item)}-{self.kind}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        """The item's key in the ledger; another model or other messages make another key."""
+        request = json.dumps([self.model, self.messages(item)], ensure_ascii=True)
+        digest = hashlib.sha256(request.encode()).hexdigest()[:16]
+        return f"{self.item_id(item)}-{self.kind}-{digest}"
 
-    def judge(self, item, answer: dict) -> tuple[object, str | None]:
-        """What is wanted and None, or None and why the answer must be asked for again."""
+    def check(self, item, answer: dict) -> tuple[object, str | None]:
+        """(result, None) for a good answer, (None, reason) for one that is rejected."""
         try:
-            found = self.parse(item, answer["text"])
+            result = self.parse(item, answer["text"])
         except ValueError as error:
             return None, str(error)
-        return (found, None) if answer["complete"] else (None, "it was cut off")
+        return (result, None) if answer["complete"] else (None, "the reply was cut off")
 
     def replies(self, item) -> tuple[object, list[str]]:
-        """What the ledger has for an item: what is wanted, from the first good answer, and why others were rejected."""
-        judged = [self.judge(item, answer) for answer in self.ledger[self.key(item)]]
-        return next((found for found, problem in judged if not problem), None), [why for _, why in judged if why]
+        """From the ledger: the first good result or None, and the reasons of rejected answers."""
+        checked = [self.check(item, answer) for answer in self.ledger[self.key(item)]]
+        results = [result for result, reason in checked if reason is None]
+        reasons = [reason for _, reason in checked if reason is not None]
+        return (results[0] if results else None), reasons
 
     def pending(self) -> list:
-        """The items that still need an answer, and have not had all their tries.
+        """The items that have no good answer yet and have tries left.
 
-        Raises InputError where the ledger is another job's.
+        Raises InputError if the ledger belongs to another job.
         """
-        others = {(answer.get("kind"), answer.get("model")) for answers in self.ledger.lines.values()
-                  for answer in answers} - {(self.kind, self.model)}
-        if others:
+        kinds = {(answer.get("kind"), answer.get("model"))
+                 for answers in self.ledger.answers.values() for answer in answers}
+        kinds.discard((self.kind, self.model))
+        if kinds:
             raise InputError(f"{self.ledger.path} holds answers of another kind or model "
-                             f"{sorted(map(str, others))}: write elsewhere")
+                             f"{sorted(map(str, kinds))}: choose another output")
         replies = ((item, *self.replies(item)) for item in self.items)
-        return [item for item, found, rejected in replies if found is None and len(rejected) < TRIES]
+        return [item for item, result, reasons in replies
+                if result is None and len(reasons) < TRIES]
 
     def result(self) -> tuple[list, Counter, int]:
-        """What is wanted of each item, in their order, None where there is nothing yet; how many replies were
-        rejected, by reason; how many items were given up, after all their tries."""
-        results, reasons, given_up = [], Counter(), 0
-        for found, rejected in map(self.replies, self.items):
-            results.append(found)
-            reasons.update(rejected)
-            given_up += found is None and len(rejected) >= TRIES
-        return results, reasons, given_up
+        """(one result or None per item, rejected replies by reason, items given up)."""
+        results, rejected, given_up = [], Counter(), 0
+        for result, reasons in map(self.replies, self.items):
+            results.append(result)
+            rejected.update(reasons)
+            given_up += result is None and len(reasons) >= TRIES
+        return results, rejected, given_up
 
-    def ask(self, item, chat: Callable, may_buy: Callable[[], bool]) -> str | None:
-        """Buy answers for an item until one is good; None, or why there is none."""
-        key, problem = self.key(item), "no try is left"
+    def ask(self, item, chat: Callable, may_request: Callable[[], bool]) -> str | None:
+        """Request answers for an item until one is good. Returns None, or why there is none."""
+        key, reason = self.key(item), "no tries are left"
         while len(self.ledger[key]) < TRIES:
-            if not may_buy():
-                return "stopped, or the budget is spent"
+            if not may_request():
+                return "stopped, or the token budget is spent"
             try:
                 answer = chat(self.messages(item))
             except RequestError as error:
                 return str(error)
-            _, problem = self.judge(item, asdict(answer))
-            self.ledger.add(key, answer, kind=self.kind, model=self.model, rejected=problem)
-            if problem is None:
+            _, reason = self.check(item, asdict(answer))
+            self.ledger.add(key, answer, kind=self.kind, model=self.model, rejected=reason)
+            if reason is None:
                 return None
-        return problem
+        return reason
 
-    def run(self, chat: Callable, workers: int = 4, max_tokens: float = float("inf"), price=(0.0, 0.0)) -> Counter:
-        """Ask for what is missing, until the ledger holds `max_tokens` (the answers then under way still come); how
-        many items failed, by reason.
+    def run(self, chat: Callable, workers: int = 4, max_tokens: float = float("inf"),
+            price: tuple[float, float] = (0.0, 0.0)) -> Counter:
+        """Request all pending answers, `workers` at a time. Returns the failed items by reason.
 
-        price: dollars for a million tokens read and written, for the progress line alone. Raises InputError where
-        nothing succeeds any more.
+        chat: messages -> Answer; setting its `stop` event ends the run. max_tokens: no request
+        starts once the ledger holds this many. price: dollars per million prompt and completion
+        tokens, for the progress line. Raises InputError when nothing succeeds any more.
         """
-        missing, failed, in_a_row = self.pending(), Counter(), 0
+        pending, failed, failed_in_a_row = self.pending(), Counter(), 0
 
-        def may_buy() -> bool:
-            spent = self.ledger.prompt_tokens + self.ledger.completion_tokens
-            return spent < max_tokens and not chat.stop.is_set()
+        def may_request() -> bool:
+            return self.ledger.total_tokens < max_tokens and not chat.stop.is_set()
 
-        answers = in_parallel(lambda item: self.ask(item, chat, may_buy), takewhile(lambda _: may_buy(), missing),
-                              workers, chat.stop)
-        with Progress(f"{self.model}: {self.kind}", len(missing), self.unit) as progress, closing(answers):
-            for done, problem in enumerate(answers, 1):
-                in_a_row = in_a_row + 1 if problem else 0
-                if problem:
+        outcomes = in_parallel(lambda item: self.ask(item, chat, may_request),
+                               takewhile(lambda _: may_request(), pending), workers, chat.stop)
+        label = f"{self.model}: {self.kind}"
+        # closing: if this loop raises, requests in flight finish and are kept before run returns
+        with Progress(label, len(pending), self.unit) as progress, closing(outcomes):
+            for done, reason in enumerate(outcomes, 1):
+                failed_in_a_row = failed_in_a_row + 1 if reason else 0
+                if reason:
                     if not failed:
-                        progress.write(f"one of the {self.unit} failed: {problem}")
-                    failed[problem] += 1
-                if in_a_row >= 10 + workers:
-                    raise InputError(f"{in_a_row} {self.unit} in a row failed, the last for this: {problem}")
-                read, written = self.ledger.prompt_tokens, self.ledger.completion_tokens
-                cost = dollars(read, written, price)
-                progress.update(done, f"{(read + written) / 1000:.0f}K tokens" + (f"  ${cost:.2f}" if cost else "")
-                                + (f"  {sum(failed.values())} failed" if failed else ""))
+                        progress.write(f"first failure among the {self.unit}: {reason}")
+                    failed[reason] += 1
+                if failed_in_a_row >= 10 + workers:
+                    raise InputError(f"{failed_in_a_row} {self.unit} failed in a row, "
+                                     f"the last because: {reason}")
+                progress.update(done, self.summary(price, failed.total()))
         return failed
+
+    def summary(self, price: tuple[float, float], failed: int) -> str:
+        """Tokens, cost and failures so far, for the progress line."""
+        parts = [f"{self.ledger.total_tokens / 1000:.0f}K tokens"]
+        if any(price):
+            cost = dollars(self.ledger.prompt_tokens, self.ledger.completion_tokens, price)
+            parts.append(f"${cost:.2f}")
+        if failed:
+            parts.append(f"{failed} failed")
+        return "  ".join(parts)
+
+
+def in_parallel(function: Callable, items: Iterable, workers: int, stop: threading.Event):
+    """Yield function(item) as each finishes, `workers` at a time; items are drawn on demand.
+
+    If function raises, or the caller stops reading, no new item starts. Items in flight finish,
+    since they may have been paid for.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        futures = set()
+        try:
+            for item in items:
+                futures.add(pool.submit(function, item))
+                while len(futures) >= workers:
+                    done, futures = wait(futures, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while futures:
+                done, futures = wait(futures, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BaseException:
+            stop.set()  # ends every wait between two attempts
+            running = sum(future.running() for future in futures)
+            if running:
+                print0(f"\nwaiting for {running} requests in flight, which may be paid for")
+            raise

@@ -329,20 +329,20 @@ def test_instruct_writes_llava_json_and_buys_nothing_twice(command, coco, teache
                  "--kind", "reasoning")
     code, out, error = command(*arguments, "--limit", 30)
     assert (code, out) == (0, f"{tmp_path / 'out.json'}\n") and "30 of 30 pictures" in error
-    asked = server.heard[-1]["messages"][-1]["content"]
+    asked = server.requests[-1]["messages"][-1]["content"]
     assert "Cat number" in asked and "cat: [0.000, 0.000, 0.500, 1.000]" in asked
-    assert command(*arguments)[0] == 0 and len(server.heard) == 40
+    assert command(*arguments)[0] == 0 and len(server.requests) == 40
     rows = read_json(tmp_path / "out.json")
     assert [row["image"] for row in rows] == [f"{n}.jpg" for n in range(40)]
     assert rows[7]["conversations"][1]["value"] == "Cat number 7."
     before = (tmp_path / "out.json").read_bytes()
-    assert command(*arguments)[0] == 0 and len(server.heard) == 40
+    assert command(*arguments)[0] == 0 and len(server.requests) == 40
     assert (tmp_path / "out.json").read_bytes() == before
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("out*"))
 
 
 def test_what_was_bought_is_handed_over_however_the_job_ends(command, coco, teacher_server, server, tmp_path):
-    server.moods = [None] * 6 + [(429, {"message": "no credit", "code": "insufficient_quota"})]
+    server.faults = [None] * 6 + [(429, {"message": "no credit", "code": "insufficient_quota"})]
     code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
                              "--workers", 1)
     assert code == 2 and "no credit" in error
@@ -368,7 +368,7 @@ def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp
     reply, paid = server.reply, []
 
     def slowly(body):
-        if len(server.heard) >= 10:
+        if len(server.requests) >= 10:
             process.kill()
             process.wait()
         paid.append(body["messages"][-1]["content"])
@@ -379,9 +379,9 @@ def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp
     assert process.returncode == -9 and not (tmp_path / "out.json").exists()
     ledger = tmp_path / "out.json.ledger.jsonl"
     kept = [json.loads(line)["text"] for line in ledger.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    server.reply, server.heard[:] = reply, []
+    server.reply, server.requests[:] = reply, []
     assert command("prepare_data", *arguments)[0] == 0
-    assert len(server.heard) == 40 - len(kept) and len(kept) >= 7  # at most the three under way were lost
+    assert len(server.requests) == 40 - len(kept) and len(kept) >= 7  # at most the three under way were lost
     assert len(read_json(tmp_path / "out.json")) == 40
 
 
@@ -407,7 +407,7 @@ def test_a_dry_run_counts_what_is_still_to_be_bought(command, coco, teacher_serv
 
 def test_instruct_says_at_once_why_a_picture_failed_and_in_the_end_what_was_rejected(
         command, coco, teacher_server, server, tmp_path):
-    server.moods = [(400, {"message": "too long for me"}), (200, {"choices": [{"message": {"content": "What?"}}]})]
+    server.faults = [(400, {"message": "too long for me"}), (200, {"choices": [{"message": {"content": "What?"}}]})]
     code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
                              "--workers", 1)
     assert code == 0 and error.startswith("one of the pictures failed: 400 too long for me\n")

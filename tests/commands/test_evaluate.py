@@ -148,7 +148,7 @@ def test_ensemble_asks_gpt_once_and_combines_its_answers(command, scienceqa, ser
         assert out.splitlines()[0].split() == ["LLaVA", "GPT-4", "complement", "judge"]
         assert out.splitlines()[-1].split() == ["AVG", "50.0%", "50.0%", "100.0%", "0.0%"]
     # two problems alone, both in dispute; the second run asks nothing
-    assert len(server.heard) == 4
+    assert len(server.requests) == 4
     result = read_json("out.json")
     assert result["accuracy"]["AVG"] == 50 and result["judge"]["accuracy"]["AVG"] == 0
 
@@ -158,7 +158,7 @@ def test_bench_asks_for_each_grade_once(command, bench, server):
     for _ in range(2):
         code, out, _ = command(*bench, "--answers", "answers", *base_url(server))
         assert code == 0 and out.splitlines()[-1].split() == ["all", "75.0%"]
-    assert len(server.heard) == 1
+    assert len(server.requests) == 1
     assert read_json("out.json")["grades"][0]["reasons"] == "It is a cat."
 
 

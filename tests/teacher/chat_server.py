@@ -1,4 +1,4 @@
-"""A language model on this machine that misbehaves as servers do."""
+"""A chat server for the tests, with the faults that real servers have."""
 
 import json
 import threading
@@ -6,47 +6,52 @@ from http.server import ThreadingHTTPServer
 
 from tests.infra.handler import ReplyHandler
 
+HEADERS = {429: {"Retry-After": "3"}, 302: {"Location": "http://127.0.0.1:9/elsewhere"}}
+
 
 class Server(ThreadingHTTPServer):
-    """Answers /chat/completions; `moods` say how the next answers go wrong."""
+    """Answers /chat/completions with `reply(body)`.
+
+    `faults` says what goes wrong with the next answers, one entry each: None, a name (below), or a
+    tuple (status, content). `requests` and `headers` are what has arrived.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.moods, self.heard, self.headers, self.reply = [], [], [], lambda body: "A cat."
-        self.slept = threading.Event()  # ends the sleep of slow answers
+        self.faults, self.requests, self.headers = [], [], []
+        self.reply = lambda body: "A cat."
+        self.closing = threading.Event()  # ends the delay of slow answers
 
 
 class Handler(ReplyHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.heard.append(body)
+        server.requests.append(body)
         server.headers.append(dict(self.headers))
-        mood = server.moods.pop(0) if server.moods else None
-        answer = {"choices": [{"message": {"content": server.reply(body)}, "finish_reason": "stop"}],
-                  "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
-        if mood == "reset":
+        fault = server.faults.pop(0) if server.faults else None
+        choice = {"message": {"content": server.reply(body)}, "finish_reason": "stop"}
+        if fault == "length limit":
+            choice["finish_reason"] = "length"
+        answer = {"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
+        text = json.dumps(answer).encode()
+        if fault == "reset":
             self.connection.close()
-        elif mood == "cut":
-            text = json.dumps(answer).encode()
+        elif fault == "cut":
             self.send(200, text[:20], length=len(text))
-        elif mood == "nonsense":
+        elif fault == "not JSON":
             self.send(200, b"<html>")
-        elif mood == "slow":
-            server.slept.wait(5)
-        elif mood == "drips":  # a space now and then, as some servers keep a connection open; the answer after seconds
-            text = json.dumps(answer).encode()
+        elif fault == "slow":
+            server.closing.wait(5)
+        elif fault == "drip":  # keeps the connection alive with spaces; the answer comes late
             self.send(200, b"", length=20 + len(text))
             for _ in range(20):
-                server.slept.wait(0.1)
+                server.closing.wait(0.1)
                 self.wfile.write(b" ")
             self.wfile.write(text)
-        elif mood == "too long":
-            answer["choices"][0]["finish_reason"] = "length"
-            self.send(200, json.dumps(answer).encode())
-        elif isinstance(mood, tuple):
-            code, content = mood
-            headers = {429: {"Retry-After": "3"}, 302: {"Location": "http://127.0.0.1:9/elsewhere"}}.get(code, {})
-            self.send(code, json.dumps(content if code == 200 else {"error": content}).encode(), headers)
+        elif isinstance(fault, tuple):
+            status, content = fault
+            content = content if status == 200 else {"error": content}
+            self.send(status, json.dumps(content).encode(), HEADERS.get(status, {}))
         else:
-            self.send(200, json.dumps(answer).encode())
+            self.send(200, text)
