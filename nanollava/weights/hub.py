@@ -34,9 +34,9 @@ MAX_FAILURES = 6  # in a row
 @dataclass
 class RemoteFile:
     url: str
-    path: Path  # where it goes, as yet incomplete or missing
+    path: Path  # where it is downloaded to
     size: int
-    sha256: str | None  # None for small files, for which the hub has none
+    sha256: str | None  # None where the hub lists none, as for small files
 
     def received(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
