@@ -75,19 +75,19 @@ def evaluate_toy(arguments) -> None:
     from .infra.device import best_device
     from .llava import Llava
     from .tokenizer import Tokenizer
-    from .toy.score import accuracy, answer_toy, toy_table, write_toy_report
+    from .toy.score import accuracy, answer_rows, evaluate_run, write_run_report
 
     device = best_device(arguments.device)
     if arguments.model:
         rows = read_json(arguments.data / "test.json")[: arguments.limit]
         model = Llava.from_pretrained(arguments.model, device=device)
-        predictions = answer_toy(model, Tokenizer(arguments.model), rows,
-                                 arguments.data / "images", "answers")
+        predictions = answer_rows(model, Tokenizer(arguments.model), rows,
+                                  arguments.data / "images", "answers")
         columns = {"model": accuracy(rows, predictions)}
     else:
-        columns, rows, predictions = toy_table(arguments.run, arguments.data, device,
-                                               arguments.limit)
-        write_toy_report(arguments.run, arguments.data, columns, rows, predictions)
+        columns, rows, predictions = evaluate_run(
+            arguments.run, arguments.data, device, arguments.limit)
+        write_run_report(arguments.run, arguments.data, columns, rows, predictions)
     print(percent_table(columns))
     if arguments.out:
         write_json(arguments.out, columns, indent=2)
@@ -329,7 +329,7 @@ def ask_all(job: Job, arguments) -> dict:
     """Ask for the replies that the ledger lacks, and return the good ones by item id."""
     if job.pending():
         job.run(Chat(arguments.gpt, arguments.base_url), arguments.workers)
-    results, _, _ = job.results()
+    results, _, _ = job.result()
     return {job.item_id(item): result for item, result in zip(job.items, results)
             if result is not None}
 

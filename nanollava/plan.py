@@ -1,114 +1,166 @@
-"""What a stage of training will need, before anyone rents the machine: `python train.py --preset 7b --plan`.
+"""What a training stage needs, before you rent the machine: `python train.py --preset 7b --plan`.
 
-Counted, not measured: parameters from the sizes of the networks, memory from what each part of a step has to keep,
-operations from the matrix products. The tests hold it against a model that fits a laptop.
+The numbers are counted, not measured: parameters from the sizes of the networks, memory from the
+tensors that a step stores, operations from its matrix products. The tests compare the counts with
+PyTorch's profiler on a small model.
 """
 
 import torch
+import torch.nn as nn
 
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .training import freeze
 from .vision import VisionConfig
 
-SIZES = {  # the paper's: CLIP ViT-L/14 at 224 pixels and Vicuna
+SIZES = {  # the paper's models: CLIP ViT-L/14 at 224 pixels, and Vicuna
     "7b": LlavaConfig(VisionConfig(), LlamaConfig()),
-    "13b": LlavaConfig(VisionConfig(), LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                                                   num_attention_heads=40)),
+    "13b": LlavaConfig(VisionConfig(), LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)),
 }
-ROWS = {1: 595_375, 2: 157_712}  # CC-595K and LLaVA-Instruct-158K
-TEXT = {1: (70, 20), 2: (350, 250)}  # tokens of text a row, and those of them that are learned: about, on average
-A100 = 312e12  # bfloat16 operations a second, at best
+ROWS = {1: 595_375, 2: 157_712}  # rows of CC-595K and LLaVA-Instruct-158K
+TEXT_TOKENS = {1: 70, 2: 350}  # text tokens of an average row, about
+TARGETS = {1: 20, 2: 250}  # those of them with a label
+A100_FLOPS = 312e12  # an A100's peak rate in bfloat16, operations per second
+UTILISATION = 0.4  # the share of it that training reaches
 
 
-def count(module: torch.nn.Module, learning: bool = False) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not learning)
+def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()
+               if parameter.requires_grad or not trainable_only)
 
 
-def memory(model: Llava, rows: int, tokens: int, learned: int, gpus: int = 1, dtype: torch.dtype = torch.bfloat16,
-           states: int = 2) -> dict[str, float]:
-    """Bytes per GPU, by part, when a step is at its fullest.
+def step_memory(model: Llava, rows: int, tokens: int, targets: int, gpus: int = 1,
+                dtype: torch.dtype = torch.bfloat16,
+                gradient_checkpointing: bool = False) -> dict[str, float]:
+    """Bytes per GPU at the peak of a training step, by part.
 
-    A process takes `rows` rows of `tokens` tokens at once, `learned` of each with a label. The optimizer keeps
-    `states` float32 numbers for every weight that learns: 2 in AdamW.
+    rows: of a micro-batch on one GPU, each with `tokens` tokens, `targets` of them with a label.
+    dtype: of frozen weights and activations. Trainable weights are float32.
     """
-    llama, text, size = model.language_model, model.config.text, dtype.itemsize
-    D, H, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim  # query and output, key and value
-    total, learning = count(model), count(model, learning=True)
-    block = llama.model.layers[0]
-    block_learns = count(block, learning=True) > 0
-
-    copies = 0  # of weights, in the dtype of the pick_compute_dtype
-    if gpus > 1:  # gathered: the block at work, the next one, and all that is no block; gradients before they part
-        rest = learning - layers * count(block, learning=True)
-        copies = size * (total - (layers - 2) * count(block)) + (size + 4) * max(rest, count(block, learning=True))
-    elif size < 4:
-        copies = size * count(block if llama.checkpointing else llama, learning=True)
-
-    # What a block keeps of a token for its backward pass: what goes into attention, SwiGLU and the norms, and, where
-    # their weights learn, what comes out of the norms. (A GPU's norm keeps no more; a processor's keeps D more.)
-    kept = size * (heads + 2 * H + 2 * D + (2 * D if block_learns else 0))
-    one, logits = rows * tokens * kept, rows * learned * text.vocab_size * (size + 12)
-    work = one + rows * tokens * size * (4 * H + D)  # a block, its SwiGLU made again, and the gradients that pass it
-    gradients = 4 * learning / gpus
-    if llama.checkpointing:
-        begin = layers * rows * tokens * D * size + max(logits, work)
-    else:
-        begin = layers * one + logits
-    end = gradients + work
+    size, trainable = dtype.itemsize, count_parameters(model, trainable_only=True)
+    frozen = count_parameters(model) - trainable
     return {
-        "weights": (4 * learning + size * (total - learning)) / gpus + copies,
-        "optimizer": 4 * states * learning / gpus,
-        "gradients and activations": max(begin, end),  # the first are made while the others go
+        "weights": (4 * trainable + size * frozen) / gpus
+        + weight_copies(model, gpus, size, gradient_checkpointing),
+        "optimizer": 2 * 4 * trainable / gpus,  # AdamW's two moments, in float32
+        "gradients and activations": gradients_and_activations(
+            model, rows, tokens, targets, 4 * trainable / gpus, size, gradient_checkpointing),
     }
 
 
-def operations(model: Llava, rows: int, tokens: int, learned: int) -> float:
-    """Floating-point operations of a step on `rows` rows, each with a picture."""
-    llama, text, vision = model.language_model, model.config.text, model.config.vision
-    blocks, D, V = llama.model.layers, text.hidden_size, text.vocab_size
-    projector, P = count(model.multi_modal_projector), vision.num_patches
-    vision_block = count(model.vision_tower.encoder.layers[0])
-    deep = vision.num_hidden_layers + 1 + model.config.feature_layer
-    see = deep * (2 * (P + 1) * vision_block + 4 * (P + 1) ** 2 * vision.hidden_size)
-    read = count(blocks[-1].mlp) + count(blocks[-1].self_attn.o_proj)  # in the last block for what is learned alone
-    linear = 2 * tokens * (count(blocks) - read) + 2 * learned * read
-    attention = len(blocks) * 2 * tokens**2 * text.num_attention_heads * text.head_dim  # each sees those before it
-    head = 2 * learned * D * V
-    # backward is one more such product for what goes in, and another for the weights where they learn
-    learns = sum(p.numel() for p in blocks.parameters() if p.requires_grad) / count(blocks)
-    head_learns = next(iter(llama.lm_head.parameters())).requires_grad if llama.lm_head else learns > 0.5
-    operations = see + 6 * P * projector + (2 + learns) * linear + 3 * attention + (2 + head_learns) * head
-    if llama.checkpointing:  # a block again, but for its last layer, whose output nobody keeps
-        operations += linear - len(blocks) * 2 * tokens * D * text.intermediate_size + attention
-    return rows * operations
+def weight_copies(model: Llava, gpus: int, size: int, gradient_checkpointing: bool) -> float:
+    """Bytes per GPU of the weights' temporary copies in the compute dtype of `size` bytes."""
+    llama = model.language_model
+    block, num_blocks = llama.model.layers[0], len(llama.model.layers)
+    trainable_block = count_parameters(block, trainable_only=True)
+    if gpus > 1:
+        # full weights gathered from all ranks: two blocks (the current one and the next) and all
+        # that is outside the blocks
+        gathered = size * (count_parameters(model) - (num_blocks - 2) * count_parameters(block))
+        # full gradients of one unit before they are scattered: in the compute dtype and in float32
+        outside = count_parameters(model, trainable_only=True) - num_blocks * trainable_block
+        return gathered + (size + 4) * max(outside, trainable_block)
+    if size == 4:
+        return 0  # the weights are used as they are
+    # autograd stores the cast of each trainable weight: of all layers, or of the block at work
+    cast = trainable_block if gradient_checkpointing else count_parameters(llama, True)
+    return size * cast
 
 
-def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: float, micro_batch: int | None = None,
-         lora_rank: int | None = None, max_length: int = 2048, checkpointing: bool = True,
-         utilisation: float = 0.4) -> str:
-    """What a stage needs with the paper's data, as text."""
-    with torch.device("meta"):
+def gradients_and_activations(model: Llava, rows: int, tokens: int, targets: int, gradients: float,
+                              size: int, gradient_checkpointing: bool) -> float:
+    """Bytes per GPU when gradients, of `gradients` bytes, and activations together peak.
+
+    Gradients grow during the backward pass while activations are freed, so the peak is either at
+    its start (all activations, no gradients) or at its end (the first block's activations).
+    """
+    text, block = model.config.text, model.language_model.model.layers[0]
+    D, H, num_blocks = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    # query and attention output; key and value
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    stored = heads
+    stored += 2 * H  # outputs of gate_proj and up_proj; their product is recomputed
+    stored += 2 * D  # inputs of the two norms (a CPU's norm stores D more)
+    if count_parameters(block, trainable_only=True):
+        stored += 2 * D  # outputs of the norms, for the gradients of the projections' weights
+    block_bytes = size * rows * tokens * stored
+    # the backward pass of one block adds its SwiGLU, recomputed, and gradients: 4 H, and one of x
+    work = block_bytes + size * rows * tokens * (4 * H + D)
+    # logits in the compute dtype and in float32, their softmax and their gradient
+    logits = rows * targets * text.vocab_size * (size + 4 + 4 + 4)
+
+    if gradient_checkpointing:  # the inputs of all blocks, and then one block or the loss
+        start = num_blocks * size * rows * tokens * D + max(logits, work)
+    else:
+        start = num_blocks * block_bytes + logits
+    end = gradients + work
+    return max(start, end)
+
+
+def step_flops(model: Llava, rows: int, tokens: int, targets: int,
+               gradient_checkpointing: bool = False) -> float:
+    """Floating-point operations of a training step on `rows` rows with an image each."""
+    config, llama = model.config, model.language_model
+    text, blocks = config.text, llama.model.layers
+
+    # The ViT, forward only: 2 operations per weight and token, and the two products of attention.
+    vision, num_tokens = config.vision, config.vision.num_patches + 1
+    vit_block = count_parameters(model.vision_tower.encoder.layers[0])
+    vit_attention = 4 * num_tokens**2 * vision.hidden_size
+    vit_depth = vision.num_hidden_layers + 1 + config.feature_layer  # later blocks do not run
+    vit = vit_depth * (2 * num_tokens * vit_block + vit_attention)
+
+    # The projector: forward, and the gradients of its weights; its input needs none.
+    projector = 4 * config.tokens_per_image * count_parameters(model.multi_modal_projector)
+
+    # LLaMA, forward: the last block's MLP and the head run for the targets alone; causal attention
+    # is half of two products.
+    last_mlp = count_parameters(blocks[-1].mlp)
+    linear = 2 * tokens * (count_parameters(blocks) - last_mlp) + 2 * targets * last_mlp
+    attention = len(blocks) * 2 * tokens**2 * text.num_attention_heads * text.head_dim
+    head = 2 * targets * text.hidden_size * text.vocab_size
+
+    # LLaMA, backward: as much again for the gradients of the inputs (twice for attention, which has
+    # two), and for those of the weights that are trainable.
+    trainable = count_parameters(blocks, trainable_only=True) / count_parameters(blocks)
+    head_weight = (llama.lm_head or llama.model.embed_tokens).weight
+    total = vit + projector + (2 + trainable) * linear + 3 * attention
+    total += (2 + head_weight.requires_grad) * head
+
+    # Gradient checkpointing: the blocks forward again, except for down_proj, the last layer.
+    if gradient_checkpointing:
+        down_proj = text.hidden_size * text.intermediate_size
+        total += linear - len(blocks) * 2 * tokens * down_proj + attention
+    return rows * total
+
+
+def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: float,
+         micro_batch_size: int | None = None, lora_rank: int | None = None, max_length: int = 2048,
+         gradient_checkpointing: bool = True) -> str:
+    """What a stage with the paper's data needs on `gpus` A100s, as text."""
+    with torch.device("meta"):  # shapes without memory
         model = Llava(config)
         freeze(model, stage, lora_rank)
-    model.language_model.checkpointing = checkpointing
-    text, learned = TEXT[stage]
-    pictures = config.tokens_per_image
     share = batch_size // gpus
-    rows = min(micro_batch or share, share)
-    longest, average = min(max_length, pictures + 4 * text), min(max_length, pictures + text)
-    parts = memory(model, rows, longest, min(longest - pictures, 4 * learned), gpus)
-    work, steps = operations(model, batch_size, average, learned), round(epochs * ROWS[stage] / batch_size)
-    hours = steps * work / (gpus * A100 * utilisation) / 3600
-    lines = [
-        f"parameters     {count(model) / 1e9:.2f} billion, of which {count(model, True) / 1e6:,.1f} million learn",
-        f"memory a GPU   {sum(parts.values()) / 2**30:.1f} GiB and about one for CUDA, for {rows} rows at once, "
-        f"of {longest} tokens at most:",
-        *(f"               {bytes / 2**30:6.1f} GiB  {name}" for name, bytes in parts.items()),
-        f"compute        {work / 1e12:,.0f} TFLOP a step of {batch_size} rows, of {average} tokens on average, "
-        f"{pictures} of them the picture's",
-        f"time           {hours:.1f} hours for {steps:,} steps on {gpus} GPU{'s' * (gpus > 1)}, at "
-        f"{utilisation:.0%} of an A100's {A100 / 1e12:.0f} TFLOP/s",
-    ]
-    return "\n".join(lines)
+    rows = min(micro_batch_size or share, share)
+    image_tokens, text_tokens, targets = config.tokens_per_image, TEXT_TOKENS[stage], TARGETS[stage]
+    average = min(max_length, image_tokens + text_tokens)
+    longest = min(max_length, image_tokens + 4 * text_tokens)  # memory must fit long rows too
+    parts = step_memory(model, rows, longest, min(longest - image_tokens, 4 * targets), gpus,
+                        gradient_checkpointing=gradient_checkpointing)
+    flops = step_flops(model, batch_size, average, targets, gradient_checkpointing)
+    steps = round(epochs * ROWS[stage] / batch_size)
+    hours = steps * flops / (gpus * A100_FLOPS * UTILISATION) / 3600
+    return "\n".join([
+        f"parameters      {count_parameters(model) / 1e9:.2f} billion, "
+        f"{count_parameters(model, trainable_only=True) / 1e6:,.1f} million of them trainable",
+        f"memory per GPU  {sum(parts.values()) / 2**30:.1f} GiB, and about 1 for CUDA, with {rows} "
+        f"rows at a time of up to {longest} tokens:",
+        *(f"                {num_bytes / 2**30:6.1f} GiB  {name}"
+          for name, num_bytes in parts.items()),
+        f"compute         {flops / 1e12:,.0f} TFLOP per step of {batch_size} rows with {average} "
+        f"tokens on average, {image_tokens} of them of the image",
+        f"time            {hours:.1f} hours for {steps:,} steps on {gpus} GPU{'s' * (gpus > 1)}, "
+        f"at {UTILISATION:.0%} of an A100's {A100_FLOPS / 1e12:.0f} TFLOP/s",
+    ])

@@ -1,15 +1,17 @@
-"""How fast it is: beside what the machine could do at best, and beside transformers where that is installed.
+"""Speed and memory on this machine, compared with its limits and with transformers.
 
-    python -m nanollava.speed                    # on whatever device is there, in the dtype that is fast on it
+    python -m nanollava.speed                    # on the fastest device, in the dtype fast on it
     python -m nanollava.speed --dtype bfloat16 --repeat 10
     python -m nanollava.speed --compile          # our side with --compile
 
-A LLaVA of random weights, between the toy's size and the real one's: a ViT-B, a LLaMA of 12 blocks of 768, steps of
-4 rows of 324 tokens. Both sides open the same folder and get the same tokens, pictures and labels, in turns in one
-process, so that whatever else the machine does slows both; the quickest of several turns counts. On both sides what
-learns is float32 and what is frozen has the dtype that is asked for; where that is bfloat16 transformers runs under
-autocast, and ours, too, computes in it, but on a processor where float32 is faster (`device.arithmetic`): there our
-steps are float32 altogether, and tokens are generated in float32 with weights kept in bfloat16.
+The model has random weights and a size between the toy's and the real one's: a ViT-B, a LLaMA of 12
+blocks of 768, steps of 4 rows of 324 tokens. transformers takes part if it is installed. Both sides
+open the same folder, get the same inputs and run in turns in one process, so that other load slows
+both. The fastest of several turns counts.
+
+Trainable weights are float32 and frozen ones have --dtype, on both sides. With bfloat16,
+transformers runs under autocast. Ours computes in bfloat16 too, except on a CPU that is slow in it:
+there it trains in float32, and generates in float32 with bfloat16 weights.
 """
 
 import importlib.util
@@ -19,27 +21,11 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-from .infra.cli import Parser, one_line_errors, positive
-from .infra.io import InputError
-from .infra.progress import print0
-
-
-def parse_arguments():
-    parser = Parser(__doc__, prog="python -m nanollava.speed")
-    add = parser.add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and arithmetic (default: bfloat16 where fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
-    add("--repeat", type=positive(int), default=5, help="times that each thing is measured (default: %(default)s)")
-    add("--compile", action="store_true", help="our blocks go through torch.compile, which takes minutes first")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    parse_arguments()  # now, for torch takes seconds: --help and mistakes are answered at once
 
 import torch
 from PIL import Image
@@ -47,115 +33,179 @@ from PIL import Image
 from .conversation import IGNORE_INDEX
 from .image import open_image, preprocess
 from .infra import distributed
-from .infra.device import pick_compute_dtype, best_device, best_dtype
+from .infra.cli import Parser, format_table, one_line_errors, positive
+from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
+from .infra.io import InputError
+from .infra.progress import print0
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
-from .plan import count, operations
-from .training import adamw, freeze
+from .plan import count_parameters, step_flops
+from .training import adamw, forward_backward, freeze, recompute_swiglu
 from .vision import VisionConfig
 
 CONFIG = LlavaConfig(
-    VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-    LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12))
-ROWS, TOKENS, LEARNED, NEW = 4, CONFIG.tokens_per_image + 68, 34, 64  # of a step; tokens that are generated
+    VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                 num_attention_heads=12),
+    LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                num_attention_heads=12))
+ROWS, TOKENS, TARGETS = 4, CONFIG.tokens_per_image + 68, 34  # of a training step; targets of a row
+NEW_TOKENS = 64  # to generate
+
+
+def parse_arguments():
+    parser = Parser(__doc__, prog="python -m nanollava.speed")
+    add = parser.add_argument
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of frozen weights (default: bfloat16 where it is fast)")
+    add("--device", help="cuda, mps or cpu (default: the fastest available)")
+    add("--repeat", type=positive(int), default=5,
+        help="turns of each measurement (default: %(default)s)")
+    add("--compile", action="store_true",
+        help="compile our blocks, which takes minutes before the first step")
+    return parser.parse_args()
+
+
+def main(arguments) -> None:
+    device = best_device(arguments.device)
+    dtype = best_dtype(device, arguments.dtype)
+    sides = {"nanollava": Side(partial(training_step, compiled=arguments.compile),
+                               partial(generator, compiled=arguments.compile))}
+    if importlib.util.find_spec("transformers"):
+        sides["transformers"] = Side(transformers_training_step, transformers_generator)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(0)
+        Llava(CONFIG).save_pretrained(folder)
+        limits = machine_limits(dtype, device)
+        results = race(sides, folder, dtype, device, arguments.repeat)
+        generate = sides["nanollava"].generator(folder, dtype, device)
+        ratio = late_token_ratio(generate, device, arguments.repeat)
+        rates = photographs_per_second(folder)
+    print(results_table(results, limits))
+    print(f"a token after the first {NEW_TOKENS} takes {ratio:.2f} times as long as one of them")
+    for size, rate in rates.items():
+        print(f"one process prepares {rate:,.0f} photographs of 640 x 480 per second for a ViT of "
+              f"{size} pixels")
 
 
 # ---------------------------------------------------------------------------------------------
-# What the machine could do
+# What the machine can do
 
 
-def seconds(run, device: str, repeat: int = 5) -> float:
-    """How long a call takes at its quickest, all that it started on the device included."""
-    wait = (lambda: None) if device == "cpu" else partial(torch.accelerator.synchronize, torch.device(device))
-    taken = []
+def best_time(function: Callable, device: str, repeat: int = 5) -> float:
+    """Seconds of the fastest of several calls, including the work that they start on the device."""
+    def synchronize() -> None:
+        if device != "cpu":
+            torch.accelerator.synchronize(torch.device(device))
+
+    times = []
     for _ in range(repeat):
-        wait()
+        synchronize()
         start = time.perf_counter()
-        run()
-        wait()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """Operations a second in the product of two big matrices, of the size at which it is fastest."""
+def matmul_flops(dtype: torch.dtype, device: str) -> float:
+    """Operations per second in a product of two square matrices, of the fastest size."""
     rates = []
     for size in (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192):
         x = torch.randn(size, size, device=device).to(dtype)
-        rates.append(2 * size**3 / seconds(lambda: x @ x, device, 20))
+        rates.append(2 * size**3 / best_time(lambda: x @ x, device, 20))
     return max(rates)
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second that are read from memory, by a sum over a gigabyte."""
+def memory_bandwidth(device: str) -> float:
+    """Bytes per second read from memory, by a sum over a gigabyte."""
     x = torch.ones(2**28, device=device)
-    return x.nbytes / seconds(x.sum, device)
+    return x.nbytes / best_time(x.sum, device)
+
+
+def machine_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The least seconds that this machine needs, by its matrix products or its memory bandwidth."""
+    compute_dtype = pick_compute_dtype(dtype, device)
+    flops, bandwidth = matmul_flops(compute_dtype, device), memory_bandwidth(device)
+    print0(f"this machine: {flops / 1e9:,.0f} GFLOP/s in {str(compute_dtype)[6:]} matrix products, "
+           f"reads {bandwidth / 1e9:,.1f} GB/s")
+    with torch.device("meta"):
+        model = Llava(CONFIG)
+    limits = {}
+    for stage in (1, 2):
+        freeze(model, stage)
+        limits[f"stage {stage} step"] = step_flops(model, ROWS, TOKENS, TARGETS) / flops
+    # a new token reads every weight once, except the embeddings, and the keys and values so far
+    D, V = CONFIG.text.hidden_size, CONFIG.text.vocab_size
+    weights = count_parameters(model.language_model) - V * D
+    cache = 2 * CONFIG.text.num_hidden_layers * (TOKENS + NEW_TOKENS / 2) * D
+    num_bytes = dtype.itemsize * weights + compute_dtype.itemsize * cache
+    return limits | {"next token": num_bytes / bandwidth}
 
 
 # ---------------------------------------------------------------------------------------------
-# The two sides: a folder to what is measured
+# The two sides. Each opens a folder and returns a function to measure.
 
 
-def batch(device: str):
-    """Tokens (B, T), labels (B, T) and pictures (B, 3, H, W) of one step, the same every time."""
+@dataclass
+class Side:
+    training_step: Callable  # (folder, dtype, device, stage) -> step() -> loss
+    generator: Callable  # (folder, dtype, device) -> generate(number of new tokens)
+
+
+def make_batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens (B, T), labels (B, T) and images (B, 3, H, W) of one step, always the same."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, CONFIG.text.vocab_size, (ROWS, TOKENS), generator=random)
     tokens[:, 1 : 1 + CONFIG.tokens_per_image] = CONFIG.image_token_id
     labels = tokens.clone()
-    labels[:, :-LEARNED] = IGNORE_INDEX
+    labels[:, :-TARGETS] = IGNORE_INDEX
     images = torch.randn(ROWS, 3, CONFIG.image_size, CONFIG.image_size, generator=random)
     return tokens.to(device), labels.to(device), images.to(device)
 
 
-def ours(folder: Path, dtype: torch.dtype, device: str, stage: int | None, compiled: bool = False):
-    """A training step of a stage, or without one what generates n tokens."""
-    if stage is None:
-        tokens, _, images = batch(device)
-        model = Llava.from_pretrained(folder, dtype, device).set_compute_dtype(pick_compute_dtype(dtype, device))
-        if compiled:
-            model.compile_blocks()
-        return lambda new: list(model.generate(tokens[:1], images[:1], max_new_tokens=new))
-    tokens, labels, images = batch("cpu")
+def training_step(folder: Path, dtype: torch.dtype, device: str, stage: int,
+                  compiled: bool = False) -> Callable:
+    """Our training step, as train.py takes it."""
+    batch = [make_batch("cpu")]  # one micro-batch
     model = Llava.from_pretrained(folder, torch.float32)
+    model.compute_dtype = pick_compute_dtype(dtype, device)
     freeze(model, stage)
-    computed = pick_compute_dtype(dtype, device)
-    distributed.shard_model(model.set_compute_dtype(computed), model.language_model.model.layers, computed, device)
+    recompute_swiglu(model.language_model)
     if compiled:
-        model.compile_blocks()
-    optimizer, = adamw(model, 1e-4)
+        compile_blocks(model)
+    distributed.shard_model(model, model.language_model.model.layers, model.compute_dtype, device)
+    (optimizer,) = adamw(model, 1e-4)
 
     def step() -> torch.Tensor:
-        loss = model(tokens, images, labels)
-        loss.backward()
+        loss, _ = forward_backward(model, batch, device)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
     return step
 
 
-def theirs(folder: Path, dtype: torch.dtype, device: str, stage: int | None):
-    """The same by transformers."""
+def transformers_training_step(folder: Path, dtype: torch.dtype, device: str,
+                               stage: int) -> Callable:
+    """The same step in transformers."""
     from transformers import LlavaForConditionalGeneration
 
-    tokens, labels, images = batch(device)
-    if stage is None:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
-        model.generation_config.eos_token_id = None  # no token is looked at on the way, as on our side
-        prompt = dict(input_ids=tokens[:1], pixel_values=images[:1].to(dtype),
-                      attention_mask=torch.ones_like(tokens[:1]))
-        return lambda new: model.generate(**prompt, max_new_tokens=new, do_sample=False)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    tokens, labels, images = make_batch(device)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device).train()
     model.requires_grad_(False)
-    model.model.multi_modal_projector.linear_1.requires_grad_(True)  # the other is what makes two of our one: identity
+    # linear_2 is the identity that the public layout adds to our linear projector
+    model.model.multi_modal_projector.linear_1.requires_grad_(True)
     model.model.language_model.requires_grad_(stage == 2)
     model.lm_head.requires_grad_(stage == 2)
-    for parameter in model.parameters():
-        parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
-    optimizer, = adamw(model, 1e-4)
+    for weight in model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.to(dtype)
+    (optimizer,) = adamw(model, 1e-4)
 
     def step() -> torch.Tensor:
-        with torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32):
+        is_mixed = dtype != torch.float32
+        with torch.autocast(device.partition(":")[0], dtype, enabled=is_mixed):
             loss = model(input_ids=tokens, pixel_values=images, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -165,123 +215,126 @@ def theirs(folder: Path, dtype: torch.dtype, device: str, stage: int | None):
     return step
 
 
-def peak(side, folder: Path, dtype: torch.dtype, device: str) -> float:
-    """Gigabytes that two steps of stage 2 take at most, in a fresh process; on a CPU, with all that it imports."""
-    step = side(folder, dtype, device, 2)
+def generator(folder: Path, dtype: torch.dtype, device: str, compiled: bool = False) -> Callable:
+    """Our generation of new tokens for one row."""
+    tokens, _, images = make_batch(device)
+    model = Llava.from_pretrained(folder, dtype, device)
+    model.compute_dtype = pick_compute_dtype(dtype, device)
+    if compiled:
+        compile_blocks(model)
+    return lambda new: list(model.generate(tokens[:1], images[:1], max_new_tokens=new))
+
+
+def transformers_generator(folder: Path, dtype: torch.dtype, device: str) -> Callable:
+    """The same generation in transformers."""
+    from transformers import LlavaForConditionalGeneration
+
+    tokens, _, images = make_batch(device)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model.generation_config.eos_token_id = None  # on neither side does a stop token end a row
+    inputs = dict(input_ids=tokens[:1], pixel_values=images[:1].to(dtype),
+                  attention_mask=torch.ones_like(tokens[:1]))
+    return lambda new: model.generate(**inputs, max_new_tokens=new, do_sample=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Measurements
+
+
+def race(sides: dict[str, Side], folder: Path, dtype: torch.dtype, device: str,
+         repeat: int) -> dict[str, dict[str, float]]:
+    """{measurement: {side: seconds or gigabytes}}."""
+    results = {}
+    for stage in (1, 2):
+        steps = {name: side.training_step(folder, dtype, device, stage)
+                 for name, side in sides.items()}
+        losses = [float(step()) for step in steps.values()]
+        if max(losses) > 1.01 * min(losses):  # bfloat16 makes a smaller difference
+            raise InputError("the sides do not compute the same: the first losses of stage "
+                             f"{stage} are {losses}")
+        results[f"stage {stage} step"] = take_turns(f"stage {stage} step", steps, device, repeat)
+    generate = {name: side.generator(folder, dtype, device) for name, side in sides.items()}
+
+    def time_tokens(label: str, new: int) -> dict[str, float]:
+        functions = {name: partial(function, new) for name, function in generate.items()}
+        return take_turns(label, functions, device, repeat)
+
+    results["first token"] = first = time_tokens("first token", 1)
+    all_tokens = time_tokens("next token", 1 + NEW_TOKENS)
+    results["next token"] = {name: (all_tokens[name] - first[name]) / NEW_TOKENS for name in sides}
+    results["stage 2 memory"] = {name: peak_in_new_process(name, side, folder, dtype, device)
+                                 for name, side in sides.items()}
+    return results
+
+
+def take_turns(label: str, functions: dict[str, Callable], device: str,
+               repeat: int) -> dict[str, float]:
+    """The best time of each function; they run in turns."""
+    print0(f"measuring: {label}")
+    for function in functions.values():
+        function()  # the first call is always slower
+    turns = [{name: best_time(function, device, 1) for name, function in functions.items()}
+             for _ in range(repeat)]
+    return {name: min(turn[name] for turn in turns) for name in functions}
+
+
+def peak_in_new_process(name: str, side: Side, folder: Path, dtype: torch.dtype,
+                        device: str) -> float:
+    print0(f"measuring: memory of {name}")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, side.training_step, folder, dtype, device).result()
+
+
+def peak_memory(make_step: Callable, folder: Path, dtype: torch.dtype, device: str) -> float:
+    """Peak gigabytes of two steps of stage 2; on a CPU that includes the process's imports."""
+    step = make_step(folder, dtype, device, 2)
     step()
     step()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss begins with what the process had that started this one
+    if status.exists():  # on Linux, ru_maxrss starts at the value of the parent process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
-# ---------------------------------------------------------------------------------------------
-# The tables
+def late_token_ratio(generate: Callable, device: str, repeat: int) -> float:
+    """How many times as long a late token takes as one of the first; 1 means no growth."""
+    print0("measuring: late tokens")
+    generate(2)  # the first call is always slower
+    first, some, many = (best_time(partial(generate, new), device, repeat)
+                         for new in (1, 1 + NEW_TOKENS, 1 + 4 * NEW_TOKENS))
+    return (many - some) / (3 * NEW_TOKENS) / ((some - first) / NEW_TOKENS)
 
 
-def compare(sides: dict, folder: Path, dtype: torch.dtype, device: str, repeat: int) -> dict[str, dict[str, float]]:
-    """What each side takes: seconds a step or a token, and gigabytes."""
-    found = {}
-
-    def measure(name: str, runs: dict) -> None:
-        print0(f"measuring: {name}")
-        for run in runs.values():
-            run()  # the first time is always slower
-        turns = [{side: seconds(run, device, 1) for side, run in runs.items()} for _ in range(repeat)]
-        found[name] = {side: min(turn[side] for turn in turns) for side in runs}
-
-    for stage in (1, 2):
-        steps = {name: side(folder, dtype, device, stage) for name, side in sides.items()}
-        losses = [float(step()) for step in steps.values()]
-        if max(losses) > 1.01 * min(losses):  # bfloat16 differs by less
-            raise InputError(f"no fair race: the losses of the first step of stage {stage} differ, {losses}")
-        measure(f"stage {stage} step", steps)
-    generate = {name: side(folder, dtype, device, None) for name, side in sides.items()}
-    measure("first token", {name: partial(run, 1) for name, run in generate.items()})
-    measure("next token", {name: partial(run, 1 + NEW) for name, run in generate.items()})
-    for name in sides:
-        found["next token"][name] = (found["next token"][name] - found["first token"][name]) / NEW
-    found["stage 2 memory"] = {}
-    for name, side in sides.items():
-        print0(f"measuring: memory of {name}")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            found["stage 2 memory"][name] = fresh.submit(peak, side, folder, dtype, device).result()
-    return found
-
-
-def limits(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """The fewest seconds that this machine could take for each, by its matrix products or its memory."""
-    computed = pick_compute_dtype(dtype, device)
-    rate, speed = matrix_rate(computed, device), bandwidth(device)
-    print0(f"this machine: {rate / 1e9:,.0f} GFLOP/s in products of {str(computed)[6:]}, reads {speed / 1e9:,.1f} GB/s")
-    with torch.device("meta"):
-        model = Llava(CONFIG)
-    least = {}
-    for stage in (1, 2):
-        freeze(model, stage)
-        least[f"stage {stage} step"] = operations(model, ROWS, TOKENS, LEARNED) / rate
-    D, V = CONFIG.text.hidden_size, CONFIG.text.vocab_size
-    model.requires_grad_(False)
-    cached = 2 * CONFIG.text.num_hidden_layers * (TOKENS + NEW / 2) * D
-    weights = count(model.language_model) - V * D  # but for the embeddings
-    least["next token"] = (dtype.itemsize * weights + computed.itemsize * cached) / speed
-    return least
-
-
-def growth(generate, device: str, repeat: int) -> float:
-    """How many times as long a late token takes as one of the first: 1 is as it should be."""
-    print0("measuring: growth")
-    generate(2)  # the first time is always slower
-    first, some, many = (seconds(partial(generate, new), device, repeat) for new in (1, 1 + NEW, 1 + 4 * NEW))
-    return (many - some) / (3 * NEW) / ((some - first) / NEW)
-
-
-def photographs(folder: Path) -> dict[int, float]:
-    """Photographs of 640 x 480 that one process opens and prepares a second, by the size that the ViT sees."""
+def photographs_per_second(folder: Path) -> dict[int, float]:
+    """{ViT image size: photographs of 640 x 480 that one process opens and prepares per second}."""
     random = torch.Generator().manual_seed(0)
     small = torch.randint(0, 256, (60, 80, 3), generator=random, dtype=torch.uint8).numpy()
     path = folder / "photo.jpg"
     Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
-    return {size: 1 / seconds(lambda: preprocess(open_image(path), size), "cpu", 20) for size in (224, 336)}
+    return {size: 1 / best_time(lambda: preprocess(open_image(path), size), "cpu", 20)
+            for size in (224, 336)}
 
 
-def show(found: dict[str, dict[str, float]], least: dict[str, float]) -> str:
-    """The table: what each side takes, how many times less ours takes, and its share of the machine's limit."""
-    sides = list(next(iter(found.values())))
-    lines = [" " * 16 + "".join(f"{side:>15}" for side in sides) + f"{'times less':>12}" * (len(sides) > 1)
-             + f"{'of the machine':>16}"]
-    for name, taken in found.items():
+def results_table(results: dict[str, dict[str, float]], limits: dict[str, float]) -> str:
+    """Results by side. Ratio: transformers / nanollava. Of the limit: the least time that the
+    machine needs / nanollava's time."""
+    sides = list(next(iter(results.values())))
+    has_both = "transformers" in sides
+    rows = []
+    for name, values in results.items():
         unit, scale = ("GB", 1) if "memory" in name else ("ms", 1000)
-        line = f"{name:<16}" + "".join(f"{scale * value:>12,.1f} {unit}" for value in taken.values())
-        line += f"{taken['transformers'] / taken['nanollava']:>12.2f}" if len(sides) > 1 else ""
-        lines.append(line + (f"{least[name] / taken['nanollava']:>15.0%}" if name in least else ""))
-    return "\n".join(lines)
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    device = best_device(arguments.device)
-    dtype = best_dtype(device, arguments.dtype)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torch.manual_seed(0)
-        Llava(CONFIG).save_pretrained(folder)
-        sides = {"nanollava": partial(ours, compiled=arguments.compile)}
-        if importlib.util.find_spec("transformers"):
-            sides["transformers"] = theirs
-        least = limits(dtype, device)
-        found = compare(sides, folder, dtype, device, arguments.repeat)
-        longer = growth(sides["nanollava"](folder, dtype, device, None), device, arguments.repeat)
-        opened = photographs(folder)
-    print(show(found, least))
-    print(f"a token after the first {NEW} takes {longer:.2f} times as long as one of those")
-    for size, rate in opened.items():
-        print(f"photographs of 640 x 480 to {size} pixels: {rate:,.0f} a second, one process")
+        row = [name, *(f"{scale * value:,.1f} {unit}" for value in values.values())]
+        if has_both:
+            row.append(f"{values['transformers'] / values['nanollava']:.2f}")
+        if name in limits:
+            row.append(f"{limits[name] / values['nanollava']:.0%}")
+        rows.append(row)
+    return format_table(["", *sides, *["ratio"] * has_both, "of the limit"], rows)
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(parse_arguments())

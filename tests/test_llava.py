@@ -10,7 +10,7 @@ from nanollava.infra import cpu
 from nanollava.infra.device import compile_blocks
 from nanollava.infra.io import InputError
 from nanollava.llava import sample_next_token
-from nanollava.plan import count
+from nanollava.plan import count_parameters
 
 
 def prompt(model, *parts):
@@ -139,7 +139,7 @@ def test_each_target_costs_one_head_and_the_last_mlp(model):
         return flops.get_total_flops()
 
     costs, text = [operations(targets) for targets in (4, 12, 20)], model.config.text
-    each = text.vocab_size * text.hidden_size + count(model.language_model.model.layers[-1].mlp)
+    each = text.vocab_size * text.hidden_size + count_parameters(model.language_model.model.layers[-1].mlp)
     assert costs[2] - costs[1] == costs[1] - costs[0] == 8 * 6 * each
 
 

@@ -12,29 +12,24 @@ from nanollava.llava import Llava, LlavaConfig
 from nanollava.vision import VisionConfig
 
 TINY = LlavaConfig(
-    VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                 num_attention_heads=2),
-    LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2),
+    VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32,
+                 num_hidden_layers=2, num_attention_heads=2),
+    LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=2),
     image_token_id=99)
+OURS = speed.Side(speed.training_step, speed.generator)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name, value in dict(CONFIG=TINY, TOKENS=30, LEARNED=10, NEW=4).items():
+    for name, value in dict(CONFIG=TINY, TOKENS=30, TARGETS=10, NEW_TOKENS=4).items():
         monkeypatch.setattr(speed, name, value)
     Llava(TINY).save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_it_measures_steps_and_tokens_and_memory(folder, monkeypatch):
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
-    found = speed.compare({"nanollava": speed.ours}, folder, torch.float32, "cpu", 2)
-    assert list(found) == ["stage 1 step", "stage 2 step", "first token", "next token", "stage 2 memory"]
-    assert all(list(taken) == ["nanollava"] and taken["nanollava"] > 0 for taken in found.values())
-
-
-class Here:
-    """Stands in for a pool of processes, each of which would first take seconds to open torch."""
+class InThisProcess:
+    """Replaces ProcessPoolExecutor, whose new process would import torch for seconds."""
 
     def __init__(self, *arguments):
         pass
@@ -50,52 +45,80 @@ class Here:
         return self
 
 
-def test_a_step_learns_what_its_stage_learns(folder, monkeypatch):
-    monkeypatch.setattr(speed, "adamw", lambda model, lr: learning.append(model) or [torch.optim.SGD([torch.ones(1)])])
-    learning = []
-    for stage in (1, 2):
-        speed.ours(folder, torch.float32, "cpu", stage)()
-    names = [{name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
-             for model in learning]
-    assert names == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
+def test_race_measures_steps_tokens_and_memory(folder, monkeypatch):
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", InThisProcess)
+    results = speed.race({"nanollava": OURS}, folder, torch.float32, "cpu", 2)
+    assert list(results) == ["stage 1 step", "stage 2 step", "first token", "next token",
+                             "stage 2 memory"]
+    assert all(list(values) == ["nanollava"] and values["nanollava"] > 0
+               for values in results.values())
 
 
-def test_a_late_token_is_compared_with_an_early_one(folder, monkeypatch):
-    cost = {1: 10.0, 5: 14.0, 17: 38.0}  # a token takes 1, and 2 after the fourth
-    monkeypatch.setattr(speed, "seconds", lambda run, device, repeat: cost[run()])
-    assert speed.growth(lambda new: new, "cpu", 3) == 2
+@pytest.mark.parametrize("stage, parts", [(1, {"multi_modal_projector"}),
+                                          (2, {"multi_modal_projector", "language_model"})])
+def test_step_trains_the_parts_of_its_stage(folder, monkeypatch, stage, parts):
+    models = []
+
+    def no_optimizer(model, lr):
+        models.append(model)
+        return [torch.optim.SGD([torch.ones(1)])]  # keeps the gradients of the model
+
+    monkeypatch.setattr(speed, "adamw", no_optimizer)
+    speed.training_step(folder, torch.float32, "cpu", stage)()
+    assert {name.partition(".")[0] for name, weight in models[0].named_parameters()
+            if weight.grad is not None} == parts
 
 
-def test_our_side_is_compiled_on_request(folder, monkeypatch):
+def test_late_token_ratio_compares_with_the_first_tokens(monkeypatch):
+    monkeypatch.setattr(speed, "NEW_TOKENS", 4)
+    seconds = {1: 10.0, 5: 14.0, 17: 38.0}  # 1 for each of the first 4 tokens, then 2
+    monkeypatch.setattr(speed, "best_time", lambda function, device, repeat: seconds[function()])
+    assert speed.late_token_ratio(lambda new: new, "cpu", 3) == 2
+
+
+@pytest.mark.parametrize("make", [
+    lambda *arguments, **options: speed.training_step(*arguments, 2, **options), speed.generator])
+def test_blocks_are_compiled_on_request(folder, monkeypatch, make):
     compiled = []
-    monkeypatch.setattr(Llava, "compile_blocks", lambda model: compiled.append(model))
-    for stage in (2, None):
-        speed.ours(folder, torch.float32, "cpu", stage)
-        assert not compiled
-        speed.ours(folder, torch.float32, "cpu", stage, compiled=True)
-        assert compiled.pop()
+    monkeypatch.setattr(speed, "compile_blocks", compiled.append)
+    make(folder, torch.float32, "cpu")
+    assert not compiled
+    make(folder, torch.float32, "cpu", compiled=True)
+    assert len(compiled) == 1
 
 
-def test_sides_that_compute_something_else_are_not_compared(folder, monkeypatch):
-    def other(*arguments):
-        step = speed.ours(*arguments)
+def test_sides_with_different_losses_are_not_compared(folder):
+    def other_step(*arguments):
+        step = speed.training_step(*arguments)
         return lambda: 1.1 * step()
 
-    with pytest.raises(InputError, match="no fair race: the losses of the first step of stage 1 differ"):
-        speed.compare({"nanollava": speed.ours, "other": other}, folder, torch.float32, "cpu", 1)
+    sides = {"nanollava": OURS, "other": speed.Side(other_step, speed.generator)}
+    with pytest.raises(InputError, match="the first losses of stage 1 are"):
+        speed.race(sides, folder, torch.float32, "cpu", 1)
 
 
-def test_the_quickest_turn_counts():
+def test_the_fastest_call_counts():
     waits = iter([0.05, 0.01, 0.03])
-    assert 0.01 <= speed.seconds(lambda: time.sleep(next(waits)), "cpu", 3) < 0.03
+    assert 0.01 <= speed.best_time(lambda: time.sleep(next(waits)), "cpu", 3) < 0.03
 
 
-def test_the_table_compares_with_transformers_and_with_the_machine():
-    found = {"stage 2 step": {"nanollava": 0.5, "transformers": 1.25},
-             "stage 2 memory": {"nanollava": 2, "transformers": 3}}
-    assert speed.show(found, {"stage 2 step": 0.3}) == (
-        "                      nanollava   transformers  times less  of the machine\n"
-        "stage 2 step           500.0 ms     1,250.0 ms        2.50            60%\n"
-        "stage 2 memory           2.0 GB         3.0 GB        1.50")
-    alone = {name: {"nanollava": taken["nanollava"]} for name, taken in found.items()}
-    assert "times less" not in speed.show(alone, {})
+def test_limits_cover_steps_and_tokens(folder, monkeypatch):
+    monkeypatch.setattr(speed, "matmul_flops", lambda dtype, device: 1e9)
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda device: 1e9)
+    limits = speed.machine_limits(torch.float32, "cpu")
+    assert list(limits) == ["stage 1 step", "stage 2 step", "next token"]
+    assert 0 < limits["stage 1 step"] < limits["stage 2 step"]
+    # Weights read for a token: two blocks, the last norm and the head (99 x 16). A block has 4 x
+    # 256 in attention, 3 x 512 in SwiGLU and two norms of 16. Then 2 x 2 x 32 x 16 keys and values.
+    assert limits["next token"] == 4 * (2 * (1024 + 1536 + 32) + 16 + 1584 + 2048) / 1e9
+
+
+def test_table_shows_ratio_and_share_of_the_limit():
+    results = {"stage 2 step": {"nanollava": 0.5, "transformers": 1.25},
+               "stage 2 memory": {"nanollava": 2, "transformers": 3}}
+    assert speed.results_table(results, {"stage 2 step": 0.3}) == (
+        "                 nanollava   transformers   ratio   of the limit\n"
+        "stage 2 step      500.0 ms     1,250.0 ms    2.50            60%\n"
+        "stage 2 memory      2.0 GB         3.0 GB    1.50")
+    ours = {name: {"nanollava": values["nanollava"]} for name, values in results.items()}
+    assert "ratio" not in speed.results_table(ours, {})

@@ -107,7 +107,7 @@ def summarize(job: Job) -> dict:
     "grades": how many}}, "without_grade": question ids that no mean includes,
     "rejected": {reason: replies}, "grades": every grade with its reasons}.
     """
-    grades, rejected, _ = job.results()
+    grades, rejected, _ = job.result()
     rows, without_grade, categories = [], set(), defaultdict(list)
     for (item, ours_first), grade in zip(job.items, grades):
         if grade is None:

@@ -112,7 +112,8 @@ def loss_curve(rows: list[dict]) -> str:
     # the lowest mean sets the scale, so that a few batches far below it do not
     axes = Axes(steps[-1], min(means) / 2, max(losses) * 1.1)
     parts = axes.grid()
-    parts += [axes.line("loss", list(zip(steps, losses))), axes.line("mean", list(zip(steps, means)))]
+    parts.append(axes.line("loss", list(zip(steps, losses))))
+    parts.append(axes.line("mean", list(zip(steps, means))))
     for row in rows:
         if "val_loss" in row:
             x, y = axes.x(row["step"] + 1), axes.y(row["val_loss"])
@@ -127,8 +128,10 @@ def loss_curve(rows: list[dict]) -> str:
 
 def percent_table(columns: dict[str, dict[str, float]]) -> str:
     """Percentages as text. A cell is empty where its column lacks the row."""
-    rows = [[name, *(f"{column[name]:.1f}%" if name in column else "" for column in columns.values())]
-            for name in next(iter(columns.values()))]
+    rows = []
+    for name in next(iter(columns.values())):
+        cells = (f"{column[name]:.1f}%" if name in column else "" for column in columns.values())
+        rows.append([name, *cells])
     return format_table(["", *columns], rows)
 
 

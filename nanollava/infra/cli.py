@@ -53,7 +53,8 @@ def check_flags(arguments, needs: dict, conflicts: dict) -> None:
 
     needs: {flag: (other, ...)}: the flag acts only together with one of the others.
     conflicts: {(flag, other): reason}: the flag has no effect beside the other.
-    Another flag is "--model" (typed) or "--stage 0" (its value, typed or default).
+    Another flag is "--model" (typed) or "--stage 0" (its value, typed or default); "--stage None"
+    is --stage without a value.
     Raises InputError that names both flags.
     """
     present = arguments.typed | arguments.settings
@@ -62,7 +63,9 @@ def check_flags(arguments, needs: dict, conflicts: dict) -> None:
             raise InputError(f"{flag} has no effect without {' or '.join(others)}")
     for (flag, other), reason in conflicts.items():
         if flag in arguments.typed and other in present:
-            raise InputError(f"{flag} has no effect with {other}: {reason}")
+            name, _, value = other.partition(" ")
+            beside = f"without {name}" if value == "None" else f"with {other}"
+            raise InputError(f"{flag} has no effect {beside}: {reason}")
 
 
 def positive(number: type):
@@ -102,11 +105,11 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a command: a user's mistake ends it with one line on standard error and exit code 2."""
+    """Around a command: a user's error ends it with one line on standard error and exit code 2."""
     try:
         yield
     except InputError as error:
-        if not IS_RANK0:  # all ranks make the same mistake; torchrun ends them once rank 0 reports it
+        if not IS_RANK0:  # all ranks have the same error; torchrun ends them once rank 0 reports it
             time.sleep(5)
         # an error from a DataLoader worker arrives behind the worker's traceback
         message = str(error).rpartition("InputError: ")[2].strip()

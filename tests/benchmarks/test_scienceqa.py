@@ -100,7 +100,7 @@ def run(job, reply) -> tuple[dict, list]:
     gpt = FakeGpt(reply)
     for item in job.pending():
         job.ask(item, gpt, lambda: True)
-    return dict(zip(job.items, job.results()[0])), gpt.requests
+    return dict(zip(job.items, job.result()[0])), gpt.requests
 
 
 def test_gpt_reads_solved_examples_and_no_image(folder, tmp_path):

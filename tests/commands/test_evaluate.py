@@ -106,7 +106,7 @@ def test_toy_evaluates_a_run_with_controls_and_writes_its_page(command, run_fold
     code, out, _ = command("nanollava.evaluate", "toy", "--run", tmp_path, "--data", world,
                            "--limit", 4, "--device", "cpu")
     columns = re.split(r"\s{2,}", out.splitlines()[0].strip())
-    assert (code, columns) == (0, ["after stage 2", "wrong picture", "after stage 1"])
+    assert (code, columns) == (0, ["after stage 2", "wrong image", "after stage 1"])
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
