@@ -1,8 +1,8 @@
-"""The toy world as data sets, and the teacher that writes them: section 3 of the paper, small.
+"""The toy world's data sets, and the teacher that writes them: section 3 of the paper in small.
 
-Captions and boxes of the pictures are written down in COCO's format, and *only that text* reaches the teacher, who
-writes the conversations, the detailed descriptions and the reasoning that the model is trained on, as the
-language-only GPT-4 does for the real thing.
+Captions and boxes of the images are written in COCO's format. Only that text reaches the teacher,
+which writes conversations, detailed descriptions and reasoning about it, as the language-only GPT-4
+does for the paper.
 """
 
 import random
@@ -15,103 +15,176 @@ from ..infra.io import atomic_folder, write_json
 from ..infra.progress import progress
 from ..teacher import prompts
 from ..teacher.captions import pretrain_row
-from ..teacher.coco import read_coco
+from ..teacher.coco import AnnotatedImage, read_coco
 from . import questions, scene
 
-_PLACE = "|".join(sorted(scene.PLACES, key=len, reverse=True))  # "at the top left" before "at the top"
+# how many images get instruction data of each kind: the proportions are roughly the paper's (58K,
+# 23K and 77K of 158K), but here a conversation is longer than the two others
+KIND_RATES = dict(zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25), strict=True))
+
+# ---------------------------------------------------------------------------------------------
+# The teacher
+
+# the longest first, or "at the top" would match in "at the top left"
+_PLACE = "|".join(sorted(scene.PLACES, key=len, reverse=True))
 _THING = re.compile(
-    rf"(?:(?P<before>{_PLACE}) )?an? (?P<size>{'|'.join(scene.SIZES)}) (?P<color>{'|'.join(scene.COLORS)}) "
+    rf"(?:(?P<before>{_PLACE}) )?"
+    rf"an? (?P<size>{'|'.join(scene.SIZES)}) (?P<color>{'|'.join(scene.COLORS)}) "
     rf"(?P<kind>{'|'.join(scene.KINDS)})(?: (?P<after>{_PLACE}))?", re.IGNORECASE)
 
 
-def read(text: str) -> tuple[scene.Thing, ...]:
-    """The things that captions speak of, in reading order."""
-    things = {scene.Thing(scene.PLACES.index((m["before"] or m["after"]).lower()), m["kind"], m["color"], m["size"])
-              for m in _THING.finditer(text) if m["before"] or m["after"]}
+def parse_scene(text: str) -> scene.Scene:
+    """The things that captions name together with their places."""
+    things = set()
+    for match in _THING.finditer(text):
+        place = match["before"] or match["after"]
+        if place:
+            cell = scene.PLACES.index(place.lower())
+            things.add(scene.Thing(cell, match["kind"], match["color"], match["size"]))
     return tuple(sorted(things, key=lambda thing: thing.cell))
 
 
 def toy_teacher(messages: list[dict]) -> str:
-    """A stand-in for the language-only GPT-4 that knows the toy world: chat messages to a reply.
+    """The reply to chat messages: a stand-in for GPT-4 that knows only the toy world.
 
-    It sees the text of the request and nothing else, and gives the same reply to the same request.
+    It reads nothing but the text of the request. Equal requests get equal replies.
     """
-    request = messages[-1]["content"]
-    things, rng = read(request), random.Random(zlib.crc32(request.encode()))
-    if messages[0]["content"] == prompts.SYSTEM["detail"]:
+    task, request = messages[0]["content"], messages[-1]["content"]
+    things, rng = parse_scene(request), random.Random(zlib.crc32(request.encode()))
+    if task == prompts.SYSTEM["detail"]:
         return questions.description(things)
-    if messages[0]["content"] == prompts.SYSTEM["reasoning"]:
-        asked = questions.ask(things, rng, 3, tuple(questions.REASONING))
+    if task == prompts.SYSTEM["reasoning"]:
+        pairs = questions.draw_questions(things, rng, 3, tuple(questions.REASONING_TYPES))
     else:
-        asked = questions.ask(things, rng, 8, questions.LESSONS)
-    return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for _, question, answer in asked)
+        pairs = questions.draw_questions(things, rng, 8, questions.WEIGHTED_TYPES)
+    return "\n===\n".join(
+        f"Question:\n{question}\n===\nAnswer:\n{answer}" for _, question, answer in pairs)
+
+
+# ---------------------------------------------------------------------------------------------
+# The world
+
+
+class CocoAnnotations:
+    """The rows of COCO's captions.json and instances.json, which teacher/coco.py reads."""
+
+    def __init__(self):
+        self.images, self.captions, self.instances = [], [], []
+
+    def add(self, number: int, file: str, things: scene.Scene, boxes: list[scene.Box],
+            captions: list[str]) -> None:
+        size = scene.IMAGE_SIZE
+        self.images.append({"id": number, "file_name": file, "width": size, "height": size})
+        for caption in captions:
+            self.captions.append(
+                {"id": len(self.captions), "image_id": number, "caption": caption})
+        for thing, box in zip(things, boxes):
+            self.instances.append({
+                "id": len(self.instances), "image_id": number,
+                "category_id": 1 + list(scene.KINDS).index(thing.kind),
+                "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
+
+    def write(self, captions: Path, instances: Path) -> None:
+        categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(scene.KINDS)]
+        write_json(captions, {"images": self.images, "annotations": self.captions})
+        write_json(instances, {"images": self.images, "annotations": self.instances,
+                               "categories": categories})
 
 
 def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int = 300) -> None:
-    """Draw a world of `count` training and `tests` test pictures into a new folder, which appears whole.
+    """Write `count` training images and `tests` validation images with their data to a new folder.
 
-    images/, annotations/captions.json and instances.json as COCO has them, and LLaVA JSON: pretrain.json (stage 1),
-    instruct.json (stage 2) and test.json (one question a row, of every type, with its `type`).
+    images/, annotations/captions.json and instances.json as in COCO, and LLaVA JSON: pretrain.json
+    (stage 1), instruct.json (stage 2), test.json (one question of every type about each validation
+    image, with its `type`). Raises InputError if the folder exists.
     """
     rng = random.Random(seed)
-    images, captions, instances, pretrain, wanted, test = [], [], [], [], [], []
-    training, testing = scene.scenes(rng), scene.scenes(rng, held_out=True)
-    with atomic_folder(folder) as beside:
-        (beside / "images").mkdir()
-        for number in progress(range(count + tests), "toy world", "pictures"):
-            things = next(training if number < count else testing)
-            placed, file = scene.boxes(things, rng), f"{'train' if number < count else 'test'}_{number:06d}.png"
-            scene.draw(things, placed, rng).save(beside / "images" / file)
-            if number >= count:
-                test += held_out_rows(number, file, things, rng)
-                continue
-            sentences = [questions.caption(things, style) for style in range(questions.STYLES)]
-            images.append({"id": number, "file_name": file, "width": scene.PICTURE_SIZE, "height": scene.PICTURE_SIZE})
-            for text in sentences:
-                captions.append({"id": len(captions), "image_id": number, "caption": text})
-            for thing, box in zip(things, placed):
-                category = 1 + list(scene.KINDS).index(thing.kind)
-                instances.append({"id": len(instances), "image_id": number, "category_id": category,
-                                  "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
-            pretrain.append(pretrain_row(number, file, rng.choice(sentences), seed))
-            # the paper's three kinds, about as often as there: 58K, 23K and 77K of 158K, but that here
-            # conversations are long and the two others short
-            wanted.append([kind for kind, often in zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25)) if rng.random() < often])
-        categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(scene.KINDS)]
-        told = beside / "annotations" / "captions.json", beside / "annotations" / "instances.json"
-        write_json(told[0], {"images": images, "annotations": captions})
-        write_json(told[1], {"images": images, "annotations": instances, "categories": categories})
-        # the teacher is told what GPT-4 would be told: COCO's files, read, asked about and parsed as anybody's
-        instruct = []
-        for picture, kinds in zip(read_coco(*told)[0], wanted):
-            for kind in kinds:
-                reply = toy_teacher(prompts.messages(kind, picture.captions, picture.boxes))
-                instruct.append(prompts.instruct_row(kind, picture, reply, seed))
-        write_json(beside / "pretrain.json", pretrain)
-        write_json(beside / "instruct.json", instruct)
-        write_json(beside / "test.json", test)
+    coco, pretrain, instruction_kinds, test = CocoAnnotations(), [], [], []
+    training = scene.random_scenes(rng)
+    validation = scene.random_scenes(rng, validation=True)
+    with atomic_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        for number in progress(range(count + tests), "toy world", "images"):
+            things = next(training if number < count else validation)
+            boxes = scene.random_boxes(things, rng)
+            file = f"{'train' if number < count else 'test'}_{number:06d}.png"
+            scene.draw_image(things, boxes, rng).save(temporary / "images" / file)
+            if number < count:
+                captions = [questions.caption(things, style)
+                            for style in range(questions.CAPTION_STYLES)]
+                coco.add(number, file, things, boxes, captions)
+                pretrain.append(pretrain_row(number, file, rng.choice(captions), seed))
+                instruction_kinds.append(
+                    [kind for kind, rate in KIND_RATES.items() if rng.random() < rate])
+            else:
+                test += question_rows(number, file, things, rng)
+        annotations = temporary / "annotations"
+        annotation_files = annotations / "captions.json", annotations / "instances.json"
+        coco.write(*annotation_files)
+        write_json(temporary / "pretrain.json", pretrain)
+        write_json(temporary / "instruct.json",
+                   instruct_rows(annotation_files, instruction_kinds, seed))
+        write_json(temporary / "test.json", test)
 
 
-def held_out_rows(number: int, file: str, things, rng: random.Random) -> list[dict]:
-    """A question of every type about a picture, each with its `type`."""
-    asked = [pair for kind in questions.QUESTIONS for pair in questions.ask(things, rng, 1, (kind,))]
-    return [{"id": f"{number}-{kind}", "image": file, "type": kind,
-             "conversations": prompts.make_turns([question, answer], image_first=True)}
-            for kind, question, answer in asked]
+def instruct_rows(files: tuple[Path, Path], kinds: list[list[str]], seed: int) -> list[dict]:
+    """The teacher's instruction data about COCO files: of each image the listed kinds.
+
+    Reading the files back, prompting and parsing are the code that real data goes through.
+    """
+    rows = []
+    for image, image_kinds in zip(read_coco(*files)[0], kinds):
+        for kind in image_kinds:
+            reply = toy_teacher(prompts.messages(kind, image.captions, image.boxes))
+            rows.append(prompts.instruct_row(kind, image, reply, seed))
+    return rows
+
+
+def random_row(rng: random.Random) -> dict:
+    """A row of instruct.json about a new training scene, whose image is not drawn."""
+    things = next(scene.random_scenes(rng))
+    kind, = rng.choices(list(KIND_RATES), list(KIND_RATES.values()))
+    captions = [questions.caption(things, style) for style in range(questions.CAPTION_STYLES)]
+    image = AnnotatedImage("scene", "scene.png", captions)
+    reply = toy_teacher(prompts.messages(kind, image.captions, image.boxes))
+    return prompts.instruct_row(kind, image, reply, seed=rng.randrange(2**32))
+
+
+def question_rows(
+    number: int, file: str, things: scene.Scene, rng: random.Random) -> list[dict]:
+    """One question of every type about an image, if the scene has one: rows of test.json."""
+    rows = []
+    for question_type in questions.QUESTION_TYPES:
+        for _, question, answer in questions.draw_questions(things, rng, 1, (question_type,)):
+            rows.append(evaluation_row(number, file, question_type, question, answer))
+    return rows
+
+
+def evaluation_row(
+    number: int, file: str, row_type: str, question: str, answer: str) -> dict:
+    return {"id": f"{number}-{row_type}", "image": file, "type": row_type,
+            "conversations": prompts.make_turns([question, answer], image_first=True)}
 
 
 def write_bench(folder: str | Path, seed: int = 0, count: int = 200) -> None:
-    """A LLaVA-Bench of the toy world in a new folder: about each of `count` held-out pictures one question of each of
-    the three kinds, in test.json as `write_world`'s; a truth takes GPT-4's place."""
-    rng, test = random.Random(seed), []
-    with atomic_folder(folder) as beside:
-        (beside / "images").mkdir()
-        for number, things in zip(range(count), scene.scenes(rng, held_out=True)):
-            file = f"{number:06d}.png"
-            scene.draw(things, scene.boxes(things, rng), rng).save(beside / "images" / file)
-            detail = (rng.choice(prompts.DETAILED), questions.description(things))
-            asked = (questions.ask(things, rng, 1)[0][1:], detail, questions.ask(things, rng, 1, tuple(questions.REASONING))[0][1:])
-            test += [{"id": f"{number}-{kind}", "image": file, "type": kind,
-                      "conversations": prompts.make_turns(list(pair), image_first=True)}
-                     for kind, pair in zip(INSTRUCTION_KINDS, asked)]
-        write_json(beside / "test.json", test)
+    """Write a LLaVA-Bench of the toy world to a new folder, in the format of `write_world`.
+
+    test.json has one question of each of the three instruction kinds about each of `count`
+    validation images. The true answers take the place of GPT-4's. Raises InputError if the folder
+    exists.
+    """
+    rng, rows = random.Random(seed), []
+    validation = scene.random_scenes(rng, validation=True)
+    with atomic_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        for number in range(count):
+            things, file = next(validation), f"{number:06d}.png"
+            image = scene.draw_image(things, scene.random_boxes(things, rng), rng)
+            image.save(temporary / "images" / file)
+            detail = rng.choice(prompts.DETAILED), questions.description(things)
+            (_, *simple), = questions.draw_questions(things, rng, 1)
+            (_, *reasoning), = questions.draw_questions(
+                things, rng, 1, tuple(questions.REASONING_TYPES))
+            for kind, pair in zip(INSTRUCTION_KINDS, (simple, detail, reasoning), strict=True):
+                rows.append(evaluation_row(number, file, kind, *pair))
+        write_json(temporary / "test.json", rows)

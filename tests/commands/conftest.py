@@ -49,7 +49,7 @@ def parts(model, tokenizer, tmp_path):
                           model.vision_tower.state_dict())
     hf_format.save_folder(llama, hf_config.llama_json(vars(model.config.text)),
                           model.language_model.state_dict(), [tokenizer.path])
-    return "--vision", clip, "--llm", llama
+    return "--vision-tower", clip, "--llm", llama
 
 
 @pytest.fixture

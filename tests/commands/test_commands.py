@@ -260,34 +260,13 @@ def test_a_stage_1_model_is_announced(command, run_folder, model, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------
-# prepare_data.py
+# train.py and sample.py
 
 
-def test_the_toy_world_is_drawn_once_and_not_drawn_over(command, tmp_path):
-    arguments = ("prepare_data", "toy", "--out", tmp_path / "toy", "--scenes", 3)
-    assert command(*arguments)[:2] == (0, f"{tmp_path / 'toy'}\n")
-    assert len(read_json(tmp_path / "toy" / "pretrain.json")) == 3
-    code, _, error = command(*arguments)
-    assert code == 2 and is_one_line(error, tmp_path / "toy")
-
-
-def test_show_prints_what_is_trained_on(command, world):
-    code, out, _ = command("prepare_data", "show", "--data", world / "instruct.json", "--row", 0)
-    assert code == 0 and "\033[32m" in out and "</s>" in out
-    code, _, error = command("prepare_data", "show", "--data", world / "instruct.json", "--row", 10_000)
-    assert code == 2 and is_one_line(error, "--row 10000")
-
-
-@pytest.mark.parametrize("name", ["train", "sample", "prepare_data"])
+@pytest.mark.parametrize("name", ["train", "sample"])
 def test_help_shows_examples(command, name):
     code, out, _ = command(name, "--help")
     assert code == 0 and f"    python {name}.py" in out
-
-
-def test_preparing_data_does_not_wait_for_torch():
-    """Importing torch takes seconds, and the help, the drawing and the asking need none of it."""
-    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_sampling_waits_for_nothing_of_torch_that_it_does_not_use():
@@ -299,152 +278,6 @@ def test_sampling_waits_for_nothing_of_torch_that_it_does_not_use():
         sys.exit(" ".join({"torch._dynamo", "torch.distributed.checkpoint"} & sys.modules.keys()) or 0)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# ---------------------------------------------------------------------------------------------
-# prepare_data.py instruct
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """--captions and --instances of forty pictures, written as COCO does."""
-    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 50} for n in range(40)]
-    captions = [{"id": n, "image_id": n, "caption": f"Cat number {n}."} for n in range(40)]
-    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 50, 50]} for n in range(40)]
-    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    (tmp_path / "instances.json").write_text(json.dumps(
-        {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}))
-    return "--captions", tmp_path / "captions.json", "--instances", tmp_path / "instances.json"
-
-
-@pytest.fixture
-def teacher_server(server):
-    """A server that answers as the teacher should, and says where it is."""
-    server.reply = lambda body: "Question:\nWhat?\n===\nAnswer:\n" + body["messages"][-1]["content"].splitlines()[0]
-    return "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--model", "toy"
-
-
-def test_instruct_writes_llava_json_and_buys_nothing_twice(command, coco, teacher_server, server, tmp_path):
-    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
-                 "--kind", "reasoning")
-    code, out, error = command(*arguments, "--limit", 30)
-    assert (code, out) == (0, f"{tmp_path / 'out.json'}\n") and "30 of 30 pictures" in error
-    asked = server.requests[-1]["messages"][-1]["content"]
-    assert "Cat number" in asked and "cat: [0.000, 0.000, 0.500, 1.000]" in asked
-    assert command(*arguments)[0] == 0 and len(server.requests) == 40
-    rows = read_json(tmp_path / "out.json")
-    assert [row["image"] for row in rows] == [f"{n}.jpg" for n in range(40)]
-    assert rows[7]["conversations"][1]["value"] == "Cat number 7."
-    before = (tmp_path / "out.json").read_bytes()
-    assert command(*arguments)[0] == 0 and len(server.requests) == 40
-    assert (tmp_path / "out.json").read_bytes() == before
-    assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("out*"))
-
-
-def test_what_was_bought_is_handed_over_however_the_job_ends(command, coco, teacher_server, server, tmp_path):
-    server.faults = [None] * 6 + [(429, {"message": "no credit", "code": "insufficient_quota"})]
-    code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
-                             "--workers", 1)
-    assert code == 2 and "no credit" in error
-    assert "6 of 40 pictures, 0 given up after 3 replies, 34 still to be asked about" in error
-    assert len(read_json(tmp_path / "out.json")) == 6
-
-
-def test_one_file_holds_one_kind(command, coco, teacher_server, tmp_path):
-    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json", "--limit", 3)
-    assert command(*arguments)[0] == 0
-    before = (tmp_path / "out.json").read_bytes()
-    for other in (["--kind", "reasoning"], ["--model", "other"]):
-        code, _, error = command(*arguments, *other)
-        assert code == 2 and "another kind or model" in error
-    assert (tmp_path / "out.json").read_bytes() == before
-
-
-def test_instruct_killed_at_any_moment_goes_on(coco, teacher_server, server, tmp_path, command):
-    """A process of its own, killed like by a power cut after some answers; the next run buys the rest, once."""
-    arguments = ["instruct", *map(str, (*coco, *teacher_server)), "--out", str(tmp_path / "out.json"), "--workers", "3"]
-    process = subprocess.Popen([sys.executable, Path(__file__).parents[2] / "prepare_data.py", *arguments],
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    reply, paid = server.reply, []
-
-    def slowly(body):
-        if len(server.requests) >= 10:
-            process.kill()
-            process.wait()
-        paid.append(body["messages"][-1]["content"])
-        return reply(body)
-
-    server.reply = slowly
-    process.wait(timeout=60)
-    assert process.returncode == -9 and not (tmp_path / "out.json").exists()
-    ledger = tmp_path / "out.json.ledger.jsonl"
-    kept = [json.loads(line)["text"] for line in ledger.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    server.reply, server.requests[:] = reply, []
-    assert command("prepare_data", *arguments)[0] == 0
-    assert len(server.requests) == 40 - len(kept) and len(kept) >= 7  # at most the three under way were lost
-    assert len(read_json(tmp_path / "out.json")) == 40
-
-
-def test_a_dry_run_needs_no_key_and_prints_what_would_be_asked(command, coco, monkeypatch, tmp_path):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    arguments = ("prepare_data", "instruct", *coco, "--out", tmp_path / "new" / "out.json")
-    code, out, error = command(*arguments, "--dry-run", "--price", "30,60")
-    assert code == 0 and out.count("[user]") == 3 and "Cat number 0." in out
-    assert "40 of 40 pictures are still to be asked about" in error and "$" in error
-    assert not (tmp_path / "new").exists()
-    code, out, error = command(*arguments)
-    assert code == 2 and is_one_line(error, "OPENAI_API_KEY")
-
-
-def test_a_dry_run_counts_what_is_still_to_be_bought(command, coco, teacher_server, tmp_path):
-    arguments = ("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json")
-    command(*arguments, "--limit", 30)
-    _, out, error = command(*arguments, "--dry-run")
-    assert "10 of 40 pictures are still to be asked about" in error and "Cat number 30." in out
-    command(*arguments)
-    assert "0 of 40 pictures are still to be asked about: about 0 tokens" in command(*arguments, "--dry-run")[2]
-
-
-def test_instruct_says_at_once_why_a_picture_failed_and_in_the_end_what_was_rejected(
-        command, coco, teacher_server, server, tmp_path):
-    server.faults = [(400, {"message": "too long for me"}), (200, {"choices": [{"message": {"content": "What?"}}]})]
-    code, _, error = command("prepare_data", "instruct", *coco, *teacher_server, "--out", tmp_path / "out.json",
-                             "--workers", 1)
-    assert code == 0 and error.startswith("one of the pictures failed: 400 too long for me\n")
-    assert "39 of 40 pictures" in error and "1 failed: 400 too long for me" in error
-    assert "1 rejected: a block does not begin with 'Question:'" in error
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--kind", "detail"], ["--instances"]), (["--price", "3"], ["--price"]),
-    (["--base-url", "localhost"], ["--base-url"]), (["--captions", "none.json"], ["none.json"]),
-])
-def test_a_mistake_in_instruct_is_one_line(command, coco, tmp_path, arguments, words):
-    code, out, error = command("prepare_data", "instruct", *coco[:2], "--out", tmp_path / "out.json", *arguments)
-    assert (code, out) == (2, "") and is_one_line(error, *words)
-
-
-def test_captions_and_stats(command, coco, tmp_path):
-    code, out, error = command("prepare_data", "captions", *coco[:2], "--out", tmp_path / "pretrain.json")
-    assert code == 0 and "40 of 40 captions" in error
-    code, out, _ = command("prepare_data", "stats", tmp_path / "pretrain.json")
-    assert code == 0 and out.split()[:2] == ["rows", "40"]
-
-
-def test_scienceqa_writes_rows_that_train(command, parts, world, tmp_path):
-    from tests.benchmarks.test_scienceqa import COMET, NOUN
-
-    (tmp_path / "test" / "7").mkdir(parents=True)
-    image = world / "images" / "train_000000.png"
-    (tmp_path / "test" / "7" / "image.png").write_bytes(image.read_bytes())
-    (tmp_path / "problems.json").write_text(json.dumps({"7": COMET, "8": NOUN}))
-    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["7", "8"]}))
-    code, out, error = command("prepare_data", "scienceqa", "--data", tmp_path, "--split", "test",
-                               "--out", "sqa.json")
-    assert (code, out) == (0, "sqa.json\n") and "2 problems, 1 with a picture" in error
-    code, *_ = command("train", "--stage", 2, *parts, "--data", "sqa.json", "--images", tmp_path,
-                       "--out", "run")
-    assert code == 0
 
 
 def test_training_writes_a_page_without_replies(command, parts, world):

@@ -155,12 +155,10 @@ def test_part_of_a_word_in_a_caption_allows_nothing():
 
 
 def test_row_depends_on_seed_image_and_kind_alone():
-    image = IMAGES[7]
-    row = prompts.instruct_row("conversation", image, GOOD, seed=0)
-    assert row == prompts.instruct_row("conversation", image, GOOD, seed=0)
-    assert (row["id"], row["image"]) == ("7-conversation", "7.jpg")
-    questions = {prompts.instruct_row("conversation", image, GOOD, seed)["conversations"][0]["value"]
-                 for seed in range(20)}
+    rows = [prompts.instruct_row("conversation", IMAGES[7], GOOD, seed) for seed in range(20)]
+    assert rows[3] == prompts.instruct_row("conversation", IMAGES[7], GOOD, seed=3)
+    assert (rows[0]["id"], rows[0]["image"]) == ("7-conversation", "7.jpg")
+    questions = {row["conversations"][0]["value"] for row in rows}
     assert questions == {"<image>\nWhat?", "What?\n<image>"}
 
 
