@@ -188,7 +188,7 @@ def test_instruct_refuses_to_overwrite_a_file_without_a_ledger(command, error_of
     assert (tmp_path / "out.json").read_text() == "[]"
 
 
-def test_instruct_continues_after_kill_9(command, instruct, server, tmp_path):
+def test_instruct_continues_after_kill_9(command, instruct, server, tmp_path, monkeypatch):
     """A process of its own is killed after some answers; the next run requests only the rest."""
     arguments = [*map(str, instruct[1:]), "--workers", "3"]
     process = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *arguments],
@@ -206,10 +206,12 @@ def test_instruct_continues_after_kill_9(command, instruct, server, tmp_path):
     assert process.returncode == -9 and not (tmp_path / "out.json").exists()
     lines = (tmp_path / "out.json.ledger.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n")]
-    server.reply, server.requests[:] = reply, []
+    server.reply = reply
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-second")  # tells the two runs apart
     assert command("prepare_data", *arguments)[0] == 0
+    keys = [headers["Authorization"] for headers in server.headers]
     assert len(kept) >= 7  # at most the three in flight were lost
-    assert len(server.requests) == 40 - len(kept)
+    assert keys.count("Bearer sk-second") == 40 - len(kept)
     assert len(read_json(tmp_path / "out.json")) == 40
 
 
