@@ -1,7 +1,9 @@
 """LLaVA (Visual Instruction Tuning, Liu et al., 2023) from scratch."""
 
 
-def __getattr__(name: str):  # `from nanollava import Llava` without making every command wait for torch
+def __getattr__(name: str):
+    """Import Llava and Tokenizer when they are first used, because importing torch takes seconds:
+    `python sample.py --help` imports this package too."""
     if name == "Llava":
         from .llava import Llava
 

@@ -1,21 +1,22 @@
 """Conversations to tokens and labels: equation 2, table 2 and equation 3 of the paper.
 
-A conversation is written down as the model reads it, and the model learns to predict the answers and the
-stop after each answer, nothing else. Tokens and labels grow together, piece by piece: every stretch of
-text between the special items (BOS, picture, stop) is encoded once, and a piece is supervised or it is
-not. Nothing is tokenized a second time to find out where an answer began.
+The model learns to predict the answers and the stop after each answer, nothing else. Tokens and
+labels are built together, piece by piece: each stretch of text between special items (BOS, image,
+stop) is encoded once, and it is either learned or only read. No text is tokenized a second time to
+find where an answer begins.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
-IGNORE_INDEX = -100  # the label of a token that is not learned: cross_entropy's own default
-IMAGE_TOKEN = "<image>"
-INSTRUCTION_KINDS = ("conversation", "detail", "reasoning")  # the three kinds of instruction data, section 3
+IGNORE_INDEX = -100  # the label of a token that is not learned: cross_entropy's default
+IMAGE_TOKEN = "<image>"  # marks the place of an image in the text of a turn
+INSTRUCTION_KINDS = ("conversation", "detail", "reasoning")  # of instruction data, section 3
 
 
 @dataclass(frozen=True)
 class Template:
-    """The words around the turns; `stop` ends an answer, None meaning the tokenizer's EOS."""
+    """The words around the turns. `stop` ends an answer; None means the tokenizer's EOS token."""
 
     system: str
     user: str
@@ -23,79 +24,95 @@ class Template:
     stop: str | None
 
 
+# "v0" is the paper's, "vicuna_v1" the default: Vicuna from v1.1 on and the public LLaVA-1.5 use it,
+# and its stop is one token, EOS, which no text contains. The stop of "v0" is text, and text has
+# several encodings. SentencePiece puts a ▁ (a space) before each stretch that it encodes. In the
+# toy vocabulary, two turns of a conversation read, with { } around what is learned:
+#
+#     v0          ▁What ? # # # A s s is t ant : {▁A ▁cat . ▁ # # #} ▁H um an : ...
+#     vicuna_v1   ▁What ? ▁ASSISTANT : {▁A ▁cat . </s>} ▁USER : ...
+#
+# The first ### is part of the stretch that ends with "Assistant:", so it has no ▁. The second one
+# is the learned stop, a stretch of its own, so it has a ▁.
 TEMPLATES = {
-    "v0": Template(  # the paper's table 2; the stop is text
+    "v0": Template(
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions.###",
         "Human: ", "###Assistant:", "###"),
-    "vicuna_v1": Template(  # Vicuna v1.1's and LLaVA-1.5's
+    "vicuna_v1": Template(
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
         "USER: ", " ASSISTANT:", None),
-    "plain": Template("", "", "", "\n"),  # LLaVA-1.5's stage 1: a picture, then its caption
+    "plain": Template("", "", "", "\n"),  # LLaVA-1.5's stage 1: an image, then its caption
 }
 
 
 def check_turns(turns: list[dict]) -> None:
-    """Raise ValueError, saying what is wrong, unless human and gpt take turns and no question is empty."""
+    """Raise ValueError unless human and gpt alternate, human first, and no question is empty."""
     if not isinstance(turns, list) or not turns:
         raise ValueError("it has no turns")
-    for number, turn in enumerate(turns):
-        speaker, wanted = turn.get("from") if isinstance(turn, dict) else None, ("human", "gpt")[number % 2]
-        if speaker != wanted or not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {number + 1} must be {{'from': '{wanted}', 'value': text}}")
-        if wanted == "human" and not turn["value"].strip():
-            raise ValueError(f"turn {number + 1} (human) is empty")
-        if wanted == "gpt" and IMAGE_TOKEN in turn["value"]:
-            raise ValueError(f"turn {number + 1} (gpt) has {IMAGE_TOKEN} in it; pictures belong to the human's turns")
+    for number, turn in enumerate(turns, 1):
+        speaker = "human" if number % 2 else "gpt"
+        if not isinstance(turn, dict) or turn.get("from") != speaker \
+                or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number} must be {{'from': '{speaker}', 'value': text}}")
+        if speaker == "human" and not turn["value"].strip():
+            raise ValueError(f"turn {number} (human) is empty")
+        if speaker == "gpt" and IMAGE_TOKEN in turn["value"]:
+            raise ValueError(f"turn {number} (gpt) contains {IMAGE_TOKEN}; "
+                             "images belong in human turns")
 
 
-def tokenize_conversation(turns, tokenizer, template="vicuna_v1", tokens_per_image=256, image_token_id=None):
-    """A conversation to (tokens, labels), two lists of one length.
+def tokenize_conversation(turns: list[dict], tokenizer, template: str = "vicuna_v1",
+                          tokens_per_image: int = 256, image_token_id: int | None = None):
+    """A conversation to (tokens, labels), two lists of the same length.
 
-    turns: the `conversations` of the LLaVA JSON, `{"from": "human" | "gpt", "value": text}` in turn, each
-    `<image>` in the human's text standing for a picture. labels[i] is tokens[i] where the token belongs to an
-    answer or its stop, else IGNORE_INDEX. If the last turn is the human's, the tokens end with the assistant's
-    prompt, a prefix of what training saw. image_token_id None: the first id past the vocabulary.
-    Raises ValueError where the turns are not such a conversation.
+    turns: the `conversations` of the LLaVA JSON, {"from": "human" | "gpt", "value": text} by turns.
+        Each `<image>` becomes tokens_per_image times the image token.
+    image_token_id: None means the first id past the vocabulary.
+
+    labels[i] is tokens[i] if the token belongs to an answer or its stop, else IGNORE_INDEX. If the
+    last turn is human, the tokens end with the assistant's prompt: a prefix of a training row.
+    Raises ValueError if the turns are not such a conversation.
     """
     check_turns(turns)
-    form = TEMPLATES[template]
+    words = TEMPLATES[template]
     image_token_id = len(tokenizer) if image_token_id is None else image_token_id
-    stop = [tokenizer.eos_id] if form.stop is None else tokenizer.encode(form.stop)
+    stop = [tokenizer.eos_id] if words.stop is None else tokenizer.encode(words.stop)
     tokens, labels = [tokenizer.bos_id], [IGNORE_INDEX]
 
-    def add(piece: list[int], supervised: bool = False) -> None:
+    def add(piece: list[int], learned: bool) -> None:
         tokens.extend(piece)
-        labels.extend(piece if supervised else [IGNORE_INDEX] * len(piece))
+        labels.extend(piece if learned else [IGNORE_INDEX] * len(piece))
 
     for number, turn in enumerate(turns):
+        text = turn["value"].strip()
         if turn["from"] == "gpt":
-            add(tokenizer.encode(turn["value"].strip()), supervised=True)
-            add(stop, supervised=True)
+            add(tokenizer.encode(text), learned=True)
+            add(stop, learned=True)
             continue
-        question = turn["value"].strip()
-        if template == "plain":
-            question = IMAGE_TOKEN * question.count(IMAGE_TOKEN)  # the caption follows the picture, nothing is asked
-        text = (form.system if number == 0 else "") + form.user + question + form.assistant
+        if template == "plain":  # no question: the caption follows the image
+            text = IMAGE_TOKEN * text.count(IMAGE_TOKEN)
+        text = words.user + text + words.assistant
+        if number == 0:
+            text = words.system + text
         for position, stretch in enumerate(text.split(IMAGE_TOKEN)):
-            if position > 0:
-                add([image_token_id] * tokens_per_image)
+            if position > 0:  # there was an image before this stretch
+                add([image_token_id] * tokens_per_image, learned=False)
             if stretch:
-                add(tokenizer.encode(stretch))
+                add(tokenizer.encode(stretch), learned=False)
     return tokens, labels
 
 
-def show(tokens: list[int], labels: list[int], tokenizer, image_token_id: int) -> str:
-    """The tokens as text for a terminal: green is learned, grey is only read, a picture is one [picture]."""
-    parts, start = [], 0
-    while start < len(tokens):
-        is_image, learned = tokens[start] == image_token_id, labels[start] != IGNORE_INDEX
-        end = start
-        while end < len(tokens) and (tokens[end] == image_token_id, labels[end] != IGNORE_INDEX) == (is_image, learned):
-            end += 1
-        run = tokens[start:end]
-        text = "[picture]" if is_image else "|".join(map(tokenizer.piece, run))
+def visualize_tokens(tokens: list[int], labels: list[int], tokenizer, image_token_id: int) -> str:
+    """The tokens as text for a terminal: learned ones green, others grey, images as `[image]`."""
+
+    def style(token_and_label) -> tuple[bool, bool]:
+        token, label = token_and_label
+        return token == image_token_id, label != IGNORE_INDEX
+
+    parts = []
+    for (is_image, learned), run in groupby(zip(tokens, labels), key=style):
+        text = "[image]" if is_image else "|".join(tokenizer.piece(token) for token, _ in run)
         parts.append(f"\033[{32 if learned else 90}m{text}\033[0m")
-        start = end
     return "".join(parts)

@@ -1,4 +1,7 @@
-"""Picture files to the pixels that CLIP expects (Radford et al., 2021; the public processor's numbers)."""
+"""Image files to the pixels that CLIP expects (Radford et al., 2021), as its public processor does.
+
+The result is bit-equal to transformers' Pillow processors, `CLIPImageProcessor` and LLaVA's.
+"""
 
 import contextlib
 import struct
@@ -10,73 +13,83 @@ from PIL import Image, ImageOps
 
 from .infra.io import InputError
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per channel
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
-# what each of the 256 values becomes in each channel, (3, 256): one look instead of three operations a pixel; float64
-# up to the first product, then float32, as in transformers, makes it equal to the last bit
-NORMAL = (np.float32(np.arange(256) * (1 / 255)) - np.float32([MEAN]).T) / np.float32([STD]).T
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB. What is transparent becomes white, as in transformers."""
-    if picture.mode.startswith("I;16"):  # Pillow alone would cut 16 bits to 8, not scale them
-        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-    if picture.has_transparency_data:  # Pillow alone would show the color beneath, mostly black
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
+# (value / 255 - MEAN) / STD for each channel and value, (3, 256): a lookup is faster than
+# arithmetic on each pixel. As in transformers, value * (1 / 255) is float64 and all else float32.
+SCALED = np.float32(np.arange(256) * (1 / 255))
+NORMALIZED = (SCALED - np.float32([MEAN]).T) / np.float32([STD]).T
 
 # what Pillow raises for a broken file
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error,
+              Image.DecompressionBombError)
 
 
 @contextlib.contextmanager
 def opened(path: str | Path):
-    """A picture file while it is read. Raises InputError, naming it, for what is none, is broken, or is a strip."""
+    """An image file, open for reading.
+
+    Raises InputError if it does not exist, is not an image, is broken, or is too long and narrow.
+    """
     try:
-        with Image.open(path) as picture:
-            if max(picture.size) > 100 * min(picture.size):  # scaled up by its short side, it would fill the memory
-                raise ValueError(f"{picture.width} by {picture.height} pixels, more than 100 times as long as wide")
-            yield picture
+        with Image.open(path) as image:
+            if max(image.size) > 100 * min(image.size):  # resized by the short side, it is huge
+                raise ValueError(f"{image.width} by {image.height} pixels, one side more than 100 "
+                                 "times the other")
+            yield image
     except FileNotFoundError as error:
-        raise InputError(f"no picture at {path}") from error
+        raise InputError(f"no image at {path}") from error
     except PIL_ERRORS as error:
-        raise InputError(f"{path} is not a picture that Pillow can read: {error}") from error
+        raise InputError(f"{path} is not an image that Pillow can read: {error}") from error
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Any picture file as RGB, turned as its EXIF says. Raises InputError, naming it, where it cannot."""
-    with opened(path) as picture:
-        return to_rgb(ImageOps.exif_transpose(picture))
+    """An image file as RGB, rotated as its EXIF says. Raises InputError if it cannot be read."""
+    with opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def image_error(path: str | Path) -> str | None:
-    """What is wrong with a picture file, or None. Much faster than to open it: a JPEG is decoded at an eighth."""
+    """What is wrong with an image file, or None. Much faster than `open_image` for a JPEG, which is
+    decoded at an eighth of its size."""
     try:
-        with opened(path) as picture:
-            picture.draft("RGB", (1, 1))
-            picture.load()
+        with opened(path) as image:
+            image.draft("RGB", (1, 1))
+            image.load()
     except InputError as error:
         return str(error)
 
 
-def preprocess(picture: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
-    """A picture to float32 (3, size, size), normalised.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; transparent pixels become white, as in transformers."""
+    if image.mode.startswith("I;16"):  # 16 bits to 8: Pillow would clip the values, not scale them
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:  # Pillow would show the color below, often black
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
-    The shorter side is resized to `size` (bicubic) and the middle cut out; with `pad` the picture is first put
-    on a square of the mean color, as LLaVA-1.5 does, so that nothing is cut off.
+
+def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
+    """An image to normalized float32 pixels (3, size, size).
+
+    The shorter side is resized to `size` (bicubic) and the center is cropped. With `pad` the image
+    is first padded to a square with the mean color, as LLaVA-1.5 does, so that nothing is cropped.
     """
-    picture = to_rgb(picture)
-    if pad and picture.width != picture.height:
-        side = max(picture.size)
+    image = to_rgb(image)
+    if pad and image.width != image.height:
+        side = max(image.size)
         square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square
-    short = min(picture.size)
-    width, height = (int(size * side / short) for side in picture.size)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    # resize, rounding the longer side down
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # crop the center
     left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.asarray(picture.crop((left, top, left + size, top + size)))  # (size, size, 3), 0 to 255
-    return torch.from_numpy(np.stack([NORMAL[channel].take(pixels[..., channel]) for channel in range(3)]))
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3), 0..255
+    # normalize, channels first
+    channels = [NORMALIZED[channel].take(pixels[..., channel]) for channel in range(3)]
+    return torch.from_numpy(np.stack(channels))  # (3, size, size)

@@ -8,9 +8,9 @@ from .infra.io import InputError
 
 
 class Tokenizer:
-    """A `tokenizer.model` file, or a folder that holds one.
+    """A `tokenizer.model` file, or a folder that contains one.
 
-    Raises InputError, naming the file, where there is none or it is something else.
+    Raises InputError if the file does not exist or is not a SentencePiece model.
     """
 
     def __init__(self, path: str | Path):
@@ -29,14 +29,15 @@ class Tokenizer:
         return self.pieces.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without BOS or EOS."""
-        whole = text.encode("utf-8", "replace").decode()  # half a character, from a broken file or terminal, is "?"
-        return self.pieces.encode(whole)
+        """The tokens of a text, without BOS and EOS."""
+        # a lone surrogate, from a broken file or terminal, cannot be encoded: it becomes "?"
+        return self.pieces.encode(text.encode(errors="replace").decode())
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens; a model may have rows past the vocabulary (the public LLaVA-1.5 has), which say nothing."""
+        """The text of tokens. Ids past the vocabulary are skipped: the public LLaVA-1.5 has more
+        embeddings than its tokenizer has pieces."""
         return self.pieces.decode([int(token) for token in tokens if token < len(self)])
 
     def piece(self, token: int) -> str:
-        """One token as it stands in the vocabulary, its leading space shown as ▁."""
+        """A token as it stands in the vocabulary, with ▁ for a space."""
         return self.pieces.id_to_piece(int(token))

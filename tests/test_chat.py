@@ -3,14 +3,16 @@ import os
 import pytest
 import torch
 
-from nanollava.chat import answer_all, open_llava, prompts, read_answers, replies, stream
+from nanollava.chat import generate_replies, open_llava, stream_reply, tokenize_prompts
 from nanollava.infra.io import InputError
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
+FEATURES = torch.zeros(1, 16, 32)  # of one image, in the language model's space
+PIXELS = torch.zeros(3, 32, 32)
 
 
-class Parrot:
-    """In the place of a model's `generate`: says the given tokens, whatever it is asked."""
+class FixedReply:
+    """Takes the place of `model.generate`: yields the given rows of tokens, whatever the prompt."""
 
     def __init__(self, *rows):
         self.rows = rows
@@ -20,73 +22,76 @@ class Parrot:
             yield torch.tensor([row[step] if step < len(row) else eos_id or 0 for row in self.rows])
 
 
-def test_a_reply_ends_at_eos(model, tokenizer):
-    model.generate = Parrot(tokenizer.encode("A red cat.") + [2], tokenizer.encode("No.") + [2])
-    assert replies(model, tokenizer, [QUESTION] * 2, pictures=torch.zeros(2, 16, 32)) == ["A red cat.", "No."]
+def test_reply_ends_at_eos(model, tokenizer):
+    rows = [tokenizer.encode(text) + [tokenizer.eos_id] for text in ("A red cat.", "No.")]
+    model.generate = FixedReply(*rows)
+    replies = generate_replies(model, tokenizer, [QUESTION] * 2,
+                               image_features=FEATURES.expand(2, -1, -1))
+    assert replies == ["A red cat.", "No."]
 
 
-def test_a_reply_of_template_v0_ends_at_its_text(model, tokenizer):
+def test_reply_under_v0_ends_at_its_stop_text(model, tokenizer):
     model.config.template = "v0"
-    model.generate = Parrot(tokenizer.encode("A cat. ###Human: And now?"))
-    assert replies(model, tokenizer, [QUESTION], pictures=torch.zeros(1, 16, 32)) == ["A cat."]
-    assert "".join(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)])) == "A cat."
+    model.generate = FixedReply(tokenizer.encode("A cat. ###Human: And now?"))
+    replies = generate_replies(model, tokenizer, [QUESTION], image_features=FEATURES)
+    assert replies == ["A cat."]
+    assert "".join(stream_reply(model, tokenizer, QUESTION, [PIXELS])) == "A cat."
 
 
-def test_a_stream_is_the_reply_in_pieces(model, tokenizer):
-    model.generate = Parrot(tokenizer.encode("A red cat.") + [2])
-    pieces = list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
+def test_text_that_resembles_a_stop_is_part_of_the_reply(model, tokenizer):
+    model.config.template = "v0"
+    model.generate = FixedReply(tokenizer.encode("Room ##12."))
+    assert "".join(stream_reply(model, tokenizer, QUESTION, [PIXELS])) == "Room ##12."
+
+
+def test_stream_never_yields_half_a_character(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: bytes(tokens).decode(errors="replace"))
+    model.generate = FixedReply(list("A ☃ cat.".encode()) + [tokenizer.eos_id])
+    pieces = list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
+    assert pieces == ["A", " ", "☃", " ", "c", "a", "t", ".", ""]
+
+
+def test_stream_yields_the_reply_in_pieces(model, tokenizer):
+    model.generate = FixedReply(tokenizer.encode("A red cat.") + [tokenizer.eos_id])
+    pieces = list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
     assert len(pieces) > 3 and "".join(pieces) == "A red cat."
 
 
-def test_a_reply_ends_where_the_model_can_read_no_further(model, tokenizer):
+def test_reply_ends_where_the_context_is_full(model, tokenizer):
     model.config.text.max_position_embeddings = 60
-    heard = []
-    model.generate = lambda tokens, pixels, max_new_tokens, *_: heard.append((tokens.shape[1], max_new_tokens)) or []
-    list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
-    (length, room), = heard
-    assert length + room == 60
+    calls = []
+    model.generate = lambda tokens, pixels, max_new_tokens, *_: \
+        calls.append((tokens.shape[1], max_new_tokens)) or []
+    list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
+    (length, max_new_tokens), = calls
+    assert length + max_new_tokens == 60
     model.config.text.max_position_embeddings = length
-    with pytest.raises(InputError, match=f"{length} tokens, the model reads {length} at most: begin a new one"):
-        list(stream(model, tokenizer, QUESTION, [torch.zeros(3, 32, 32)]))
+    with pytest.raises(InputError, match=f"{length} tokens, but the model reads at most {length}"):
+        list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
 
 
-def test_what_does_not_fit_the_memory_stays_as_it_is_and_says_the_same(model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_model_larger_than_half_the_memory_stays_on_disk_with_equal_replies(
+        model, tokenizer, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path, [tokenizer.path], torch.bfloat16)
-    images, said = torch.randn(1, 3, 32, 32), []
-    for memory in (10**9, 0):
+    images, replies = torch.randn(1, 3, 32, 32), []
+    for memory, dtype in ((10**9, torch.float32), (0, torch.bfloat16)):
         monkeypatch.setattr(os, "sysconf", lambda name: memory)
         opened, _ = open_llava(tmp_path, torch.float32, "cpu")
-        said.append(replies(opened, tokenizer, [QUESTION], images, max_new_tokens=12))
-        assert {p.dtype for p in opened.parameters()} == {torch.float32 if memory else torch.bfloat16}
-    assert said[0] == said[1] and "stays as it is on the disk" in capsys.readouterr().err
+        assert {parameter.dtype for parameter in opened.parameters()} == {dtype}
+        replies += generate_replies(opened, tokenizer, [QUESTION], images, max_new_tokens=12)
+    assert replies[0] == replies[1]
+    assert "its weights stay on disk" in capsys.readouterr().err
 
 
-def test_a_batch_of_ragged_prompts_says_what_each_says_alone(model, tokenizer):
-    questions = ["<image>\nWhat is there?", "Hello, who are you and what can you see?", "<image>\n<image>\nSame?"]
-    turns = [[{"from": "human", "value": question}] for question in questions]
+def test_ragged_batch_matches_single_prompts(model, tokenizer):
+    questions = ["<image>\nWhat is there?", "Hello, who are you and what can you see?",
+                 "<image>\n<image>\nSame?"]
+    conversations = [[{"from": "human", "value": question}] for question in questions]
+    _, lengths = tokenize_prompts(model, tokenizer, conversations)
+    assert len(set(lengths.tolist())) == 3
     images = torch.randn(3, 3, 32, 32)
-    together = replies(model, tokenizer, turns, images, max_new_tokens=12)
-    alone = [replies(model, tokenizer, turns[:1], images[:1], max_new_tokens=12),
-             replies(model, tokenizer, turns[1:2], max_new_tokens=12),
-             replies(model, tokenizer, turns[2:], images[1:], max_new_tokens=12)]
-    assert together == [text for texts in alone for text in texts]
-    assert len({len(prompts(model, tokenizer, [turn])[0][0]) for turn in turns}) == 3
-
-
-def test_answers_are_written_as_they_are_made_and_none_is_made_twice(model, tokenizer, world, tmp_path):
-    picture, path = world / "images" / "train_000000.png", tmp_path / "out" / "answers.jsonl"
-    questions = {str(number): (f"<image>\nNumber {number}?", [picture]) for number in range(3)} | {"x": ("Hi", [])}
-    model.generate = Parrot(*[tokenizer.encode("A cat.") + [2]] * 2)
-    assert answer_all(model, tokenizer, questions, path, batch_size=2) == dict.fromkeys(questions, "A cat.")
-    assert read_answers(path) == dict.fromkeys(questions, "A cat.")
-    model.generate = None
-    assert answer_all(model, tokenizer, questions, path) == dict.fromkeys(questions, "A cat.")
-
-
-def test_answers_made_elsewhere(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text('{"question_id": 7, "text": "B", "model": "x"}\n{"question_id": "8", "text": "C"}\n')
-    assert read_answers(path) == {"7": "B", "8": "C"}
-    path.write_text('{"question_id": 7, "text": "B"}\n{"question_id": 7}\n')
-    with pytest.raises(InputError, match="line 2 lacks text"):
-        read_answers(path)
+    batch = generate_replies(model, tokenizer, conversations, images, max_new_tokens=12)
+    for conversation, reply, own_images in zip(conversations, batch,
+                                               (images[:1], None, images[1:])):
+        assert [reply] == generate_replies(model, tokenizer, [conversation], own_images,
+                                           max_new_tokens=12)

@@ -1,84 +1,95 @@
 import json
-import random
+import pickle
 import shutil
 
 import pytest
 import torch
 
 from nanollava.conversation import IGNORE_INDEX
-from nanollava.data import PAD_ROW, Conversations, length_grouped_batches, collate, eval_batches, load_batches
+from nanollava.data import (
+    PAD_ROW,
+    Conversations,
+    collate,
+    eval_batches,
+    length_grouped_batches,
+    load_batches,
+)
 from nanollava.infra.io import InputError
 
-GOOD = {"id": "7", "image": "train_000000.png",
-        "conversations": [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": "A cat."}]}
+QUESTION = {"from": "human", "value": "<image>\nWhat is there?"}
+ROW = {"id": "7", "image": "train_000000.png",
+       "conversations": [QUESTION, {"from": "gpt", "value": "A cat."}]}
+TEXT_ROW = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 
 
-def load(rows, world, tokenizer, config, tmp_path, **options):
-    (tmp_path / "chat.json").write_text(json.dumps(rows))
-    return Conversations([(tmp_path / "chat.json", world / "images")], tokenizer, config, **options)
+@pytest.fixture
+def load(world, tokenizer, config, tmp_path):
+    """load(rows, ...) -> Conversations of a file of these rows."""
+
+    def load(rows, **options):
+        (tmp_path / "chat.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+        sources = [(tmp_path / "chat.json", world / "images")]
+        return Conversations(sources, tokenizer, config, **options)
+
+    return load
 
 
-def test_a_row_is_its_tokens_its_labels_and_its_pixels(world, tokenizer, config, tmp_path):
-    tokens, labels, images = load([GOOD], world, tokenizer, config, tmp_path)[0]
+def learned_text(labels, tokenizer):
+    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+
+
+# ---------------------------------------------------------------------------------------------
+# The dataset
+
+
+def test_row_is_tokens_labels_and_pixels(load, tokenizer, config):
+    tokens, labels, images = load([ROW])[0]
     assert tokens.count(config.image_token_id) == 16 and len(tokens) == len(labels)
-    assert tokenizer.decode([label for label in labels if label != IGNORE_INDEX]) == "A cat."
+    assert learned_text(labels, tokenizer) == "A cat."
     assert [image.shape for image in images] == [(3, 32, 32)]
 
 
-@pytest.mark.parametrize("change, image_error", [
-    ({"conversations": GOOD["conversations"][:1]}, "it has no answer to learn from"),
-    ({"conversations": []}, "it has no turns"),
-    ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": " "}]}, r"turn 2 \(gpt\) is empty"),
-    ({"image": "none.png"}, "no picture at .*none.png"),
-    ({"image": []}, "0 pictures, but 1 times <image>"),
-    ({"conversations": GOOD["conversations"] + GOOD["conversations"]}, "1 pictures, but 2 times <image>"),
-    ({"image": 7}, "'image' must be a file name or a list of them"),
-])
-def test_a_bad_row_is_named(world, tokenizer, config, tmp_path, change, image_error):
-    with pytest.raises(InputError, match=rf"chat.json, row 1 \(id 7\): {image_error}"):
-        load([GOOD, {**GOOD, **change}], world, tokenizer, config, tmp_path)
+def test_rows_after_text_that_is_not_ascii_are_found_in_the_file(load, tokenizer):
+    answers = ["Café ☃ \U0001f600.", "A cat.", "\x85\xa0é", "A dog."]
+    rows = [{"conversations": [TEXT_ROW["conversations"][0], {"from": "gpt", "value": answer}]}
+            for answer in answers]
+    dataset = load(rows)
+    for (_, labels, _), answer in zip(dataset, answers):
+        expected = tokenizer.encode(answer.strip()) + [tokenizer.eos_id]
+        assert [label for label in labels if label != IGNORE_INDEX] == expected
 
 
-def test_a_length_limit_that_leaves_no_answer_is_told(world, tokenizer, config, tmp_path):
-    whole = len(load([GOOD], world, tokenizer, config, tmp_path)[0][0])
-    assert len(load([GOOD], world, tokenizer, config, tmp_path, max_length=whole - 2)[0][0]) == whole - 2
-    with pytest.raises(InputError, match="row 0 .*no answer within 10 tokens; raise --max-length"):
-        load([GOOD], world, tokenizer, config, tmp_path, max_length=10)
+def test_bad_rows_are_an_error_before_training_or_left_out(load):
+    bad = {**ROW, "image": "none.png"}
+    with pytest.raises(InputError, match=r"chat.json, row 1 \(id 7\): no image at .*none.png"):
+        load([ROW, bad])
+    dataset = load([bad, ROW, {"id": "8"}], skip_bad=True)
+    assert (len(dataset), dataset.skipped) == (1, 2)
+    assert dataset.name(0).endswith("chat.json, row 1 (id 7)")
+    with pytest.raises(InputError, match="2 of 2 rows cannot be used"):
+        load([bad, bad], skip_bad=True)
 
 
-def test_no_picture_may_be_said_in_several_ways(world, tokenizer, config, tmp_path):
-    words = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    rows = [words, {**words, "image": None}, {**words, "image": ""}, {**words, "image": []}]
-    assert [images for _, _, images in load(rows, world, tokenizer, config, tmp_path)] == [[]] * 4
+def test_rows_cut_at_max_length_are_counted(load, tokenizer):
+    length = len(load([ROW])[0][0])
+    long_row = {**ROW, "conversations": [QUESTION, {"from": "gpt", "value": "A cat and a dog."}]}
+    assert load([ROW, long_row], max_length=length + 100).truncated == 0
+    assert load([ROW, long_row], max_length=length).truncated == 1
+    dataset = load([ROW, long_row], max_length=length - 2)
+    assert dataset.truncated == 2 and dataset.lengths.tolist() == [length - 2] * 2
+    tokens, labels, _ = dataset[0]
+    assert len(tokens) == len(labels) == length - 2
+    assert "A cat.".startswith(learned_text(labels, tokenizer))
 
 
-def test_rows_without_pictures_may_stand_among_the_others(world, tokenizer, config, tmp_path):
-    words = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    tokens, labels, images = collate(list(load([words, GOOD], world, tokenizer, config, tmp_path)))
-    assert tokens.shape == labels.shape and images.shape == (1, 3, 32, 32)
-    padding = (tokens[0] == 0).nonzero()
-    assert len(padding) and (labels[0, padding] == IGNORE_INDEX).all()
+def test_rows_without_an_image_are_written_in_several_ways(load):
+    rows = [TEXT_ROW, *({**TEXT_ROW, "image": image} for image in (None, "", []))]
+    assert [images for _, _, images in load(rows)] == [[]] * 4
 
 
-def test_all_bad_rows_are_counted_and_ten_named_before_the_first_step(world, tokenizer, config, tmp_path):
-    (tmp_path / "broken.png").write_bytes((world / "images" / "train_000000.png").read_bytes()[:-40])
-    (tmp_path / "page.png").write_text("<html>not found</html>")
-    bad = [{**GOOD, "image": f"gone{number}.png"} for number in range(10)]
-    bad += [{**GOOD, "image": str(tmp_path / name)} for name in ("broken.png", "page.png")] + [{"id": "8"}]
-    with pytest.raises(InputError, match=r"^13 of 14 rows .*--skip-bad.*row 0 .*gone0.png; .*row 9 .*; and 3 more$"):
-        load([*bad, GOOD], world, tokenizer, config, tmp_path)
-    for row, image_error in ((bad[-3], "broken.png is not a picture"), (bad[-2], "page.png is not a picture")):
-        with pytest.raises(InputError, match=image_error):
-            load([GOOD, row], world, tokenizer, config, tmp_path)
-    dataset = load([*bad, GOOD, bad[0]], world, tokenizer, config, tmp_path, skip_bad=True)
-    assert (len(dataset), dataset.skipped) == (1, 14) and dataset.name(0).endswith("chat.json, row 13 (id 7)")
-    with pytest.raises(InputError, match="13 of 13 rows"):
-        load(bad, world, tokenizer, config, tmp_path, skip_bad=True)
-
-
-def test_several_files_with_a_folder_each(world, tokenizer, config, tmp_path):
-    (tmp_path / "one.json").write_text(json.dumps([GOOD] * 3))
-    (tmp_path / "two.json").write_text(json.dumps([{**GOOD, "image": "cat.png"}]))
+def test_each_file_has_its_own_image_folder(world, tokenizer, config, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps([ROW] * 3))
+    (tmp_path / "two.json").write_text(json.dumps([{**ROW, "image": "cat.png"}]))
     shutil.copy(world / "images" / "train_000001.png", tmp_path / "cat.png")
     sources = [(tmp_path / "one.json", world / "images"), (tmp_path / "two.json", tmp_path)]
     dataset = Conversations(sources, tokenizer, config)
@@ -86,58 +97,100 @@ def test_several_files_with_a_folder_each(world, tokenizer, config, tmp_path):
     assert not torch.equal(dataset[0][2][0], dataset[3][2][0])
 
 
-def test_lengths_are_known_well_enough_to_sort_by(world, tokenizer, config):
+def test_lengths_sort_rows_almost_as_exact_lengths_do(world, tokenizer, config):
     dataset = Conversations([(world / "instruct.json", world / "images")], tokenizer, config)
     exact = torch.tensor([float(len(tokens)) for tokens, _, _ in dataset])
-    assert torch.corrcoef(torch.stack([exact, torch.tensor(dataset.lengths, dtype=torch.float)]))[0, 1] > 0.95
+    estimated = torch.tensor(dataset.lengths, dtype=torch.float)
+    assert torch.corrcoef(torch.stack([exact, estimated]))[0, 1] > 0.95
 
 
-def test_an_epoch_is_every_row_once_in_batches_of_like_lengths():
+def test_dataset_holds_places_of_rows_not_rows(load):
+    few, many = (len(pickle.dumps(load([ROW] * count))) for count in (10, 1010))
+    assert (many - few) / 1000 < 50 < len(json.dumps(ROW))
+
+
+def test_digest_changes_with_rows_and_image_folder(load, tokenizer, config, tmp_path):
+    one, same, other = load([TEXT_ROW]), load([TEXT_ROW]), load([TEXT_ROW] * 2)
+    elsewhere = Conversations([(tmp_path / "chat.json", tmp_path)], tokenizer, config)
+    assert one.digest == same.digest
+    assert len({one.digest, other.digest, elsewhere.digest}) == 3
+
+
+def test_file_that_changes_during_training_is_an_error(load, tmp_path):
+    dataset = load([ROW, ROW])
+    (tmp_path / "chat.json").write_text(" " * 10 + json.dumps([ROW, ROW]))
+    with pytest.raises(InputError, match="chat.json has changed"):
+        dataset[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_collate_pads_on_the_right_without_labels(load):
+    tokens, labels, images = collate(list(load([TEXT_ROW, ROW])))
+    assert tokens.shape == labels.shape and images.shape == (1, 3, 32, 32)
+    padding = (tokens[0] == 0).nonzero()[:, 0]
+    assert len(padding) and padding[-1] == tokens.shape[1] - 1
+    assert (labels[0, padding] == IGNORE_INDEX).all()
+
+
+def test_collate_without_images_gives_none(load):
+    assert collate(list(load([TEXT_ROW])))[2] is None
+
+
+def test_epoch_has_each_row_once_in_batches_of_similar_length():
     lengths = [10, 200] * 40
-    order = length_grouped_batches(lengths, batch_size=8, steps=25, seed=0)
-    assert sorted(row for batch in order[:10] for row in batch) == list(range(80))
-    assert sorted(row for batch in order[10:20] for row in batch) == list(range(80))
-    assert order[:10] != order[10:20] and len(order) == 25
-    assert all(len({lengths[row] for row in batch}) == 1 for batch in order)
-    assert length_grouped_batches(lengths, 8, 25, seed=0) == order != length_grouped_batches(lengths, 8, 25, seed=1)
+    batches = length_grouped_batches(lengths, batch_size=8, steps=25, seed=0)
+    for epoch in (batches[:10], batches[10:20]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(80))
+    assert batches[:10] != batches[10:20] and len(batches) == 25
+    assert all(len({lengths[row] for row in batch}) == 1 for batch in batches)
 
 
-def test_in_many_epochs_every_row_is_seen_though_no_batch_is_cut_short():
-    order = length_grouped_batches(list(range(40)), batch_size=16, steps=100, seed=0)
-    assert {row for batch in order for row in batch} == set(range(40))
-    assert {len(batch) for batch in order} == {16}
+def test_same_seed_gives_the_same_batches():
+    one, same, other = (length_grouped_batches([1, 2, 3, 4] * 10, 8, 25, seed=seed)
+                        for seed in (0, 0, 1))
+    assert one == same != other
 
 
-def test_little_of_a_batch_is_padding():
-    lengths = [round(256 + random.Random(row).lognormvariate(5, 0.5)) for row in range(5000)]  # a picture, and text
-    order = length_grouped_batches(lengths, batch_size=32, steps=150, seed=0)
-    longest = sum(32 * max(lengths[row] for row in batch) for batch in order)
-    assert sum(lengths[row] for batch in order for row in batch) > 0.95 * longest
+def test_every_row_is_used_although_last_batches_are_dropped():
+    batches = length_grouped_batches(list(range(40)), batch_size=16, steps=100, seed=0)
+    assert {row for batch in batches for row in batch} == set(range(40))
+    assert {len(batch) for batch in batches} == {16}
 
 
-def test_a_small_data_set_fills_a_batch_by_coming_again():
-    order = length_grouped_batches([5, 6, 7], batch_size=8, steps=2, seed=0)
-    assert [len(rows) for rows in order] == [8, 8] and {*order[0]} == {0, 1, 2}
+def test_data_set_smaller_than_a_batch_fills_it_by_repetition():
+    batches = length_grouped_batches([5, 6, 7], batch_size=8, steps=2, seed=0)
+    assert [len(rows) for rows in batches] == [8, 8] and {*batches[0]} == {0, 1, 2}
 
 
-def test_batches_come_in_micro_batches(world, tokenizer, config, tmp_path):
-    dataset = load([GOOD] * 5, world, tokenizer, config, tmp_path)
-    batches = list(load_batches(dataset, [[0, 1, 2], [3, 4, 0]], micro_batch=2))
+def test_eval_batches_have_each_row_once_and_pad_the_last_batch_for_all_ranks(monkeypatch):
+    assert eval_batches([5, 3, 9, 1, 4], 2) == [[3, 1], [4, 0], [2]]
+    monkeypatch.setattr("nanollava.infra.distributed.world_size", lambda: 4)
+    padded = [2, PAD_ROW, PAD_ROW, PAD_ROW]
+    assert eval_batches([5, 3, 9, 1, 4], 4) == [[3, 1, 4, 0], padded]
+
+
+def test_pad_row_has_no_targets(load, tokenizer):
+    assert load([ROW])[PAD_ROW] == ([tokenizer.bos_id], [IGNORE_INDEX], [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_split_into_micro_batches(load, workers):
+    batches = list(load_batches(load([ROW] * 5), [[0, 1, 2], [3, 4, 0]], micro_batch_size=2,
+                                workers=workers))
     assert [[len(tokens) for tokens, _, _ in batch] for batch in batches] == [[2, 1], [2, 1]]
     assert batches[0][0][2].shape == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("content, image_error", [
-    ("[", "is not JSON"), ("[1", "is not JSON"), ("{}", "is not a JSON list"), ("[]", "is empty"),
-    ("[3]", "row 0: it has no 'conv"),
-])
-def test_a_file_that_is_no_list_of_conversations_is_refused(world, tokenizer, config, tmp_path, content, image_error):
-    (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(InputError, match=image_error):
-        Conversations([(tmp_path / "bad.json", world / "images")], tokenizer, config)
-
-
-def test_one_look_at_all_rows_sees_each_once_and_is_filled_up_for_every_process(monkeypatch):
-    assert eval_batches([5, 3, 9, 1, 4], 2) == [[3, 1], [4, 0], [2]]
-    monkeypatch.setattr("nanollava.infra.distributed.world_size", lambda: 4)
-    assert eval_batches([5, 3, 9, 1, 4], 4) == [[3, 1, 4, 0], [2, PAD_ROW, PAD_ROW, PAD_ROW]]
+def test_ranks_share_a_batch(load, monkeypatch):
+    answers = ["A.", "B.", "C.", "D."]
+    rows = [{"conversations": [TEXT_ROW["conversations"][0], {"from": "gpt", "value": answer}]}
+            for answer in answers]
+    dataset = load(rows)
+    monkeypatch.setattr("nanollava.infra.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("nanollava.infra.distributed.rank", lambda: 1)
+    ((tokens, _, _),), = load_batches(dataset, [[0, 1, 2, 3]])
+    expected, _, _ = collate([dataset[1], dataset[3]])
+    assert torch.equal(tokens, expected)

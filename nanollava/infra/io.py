@@ -93,26 +93,51 @@ def read_json(path: str | Path):
 
 
 SEPARATORS = re.compile(r"[\s,]*")  # between two items of a JSON list
+BYTE_ORDER_MARK = "\xef\xbb\xbf"  # of UTF-8, as Latin-1
 
 
 def read_json_list(path: str | Path):
-    """Yield the items of a JSON list one by one.
+    """Yield the items of a JSON list one by one. Raises InputError as `scan_json_list` does."""
+    return (item for item, _, _ in scan_json_list(path))
+
+
+def scan_json_list(path: str | Path):
+    """Yield (item, start, end) for each item of a JSON list, which lies in bytes start to end.
 
     The text of a large file fits in memory; all its items as Python objects may not.
     Raises InputError if the file cannot be read or is not a JSON list.
     """
-    text, decoder = read_text(path), json.JSONDecoder()
-    position = SEPARATORS.match(text).end()
-    if text[position : position + 1] != "[":
+    try:
+        # Latin-1 has one character for each byte, so a position in the text is one in the file
+        text = Path(path).read_bytes().decode("latin-1")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    decoder = json.JSONDecoder()
+    start = len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0
+    start = SEPARATORS.match(text, start).end()
+    if text[start : start + 1] != "[":
         raise InputError(f"{path} is not a JSON list")
-    position = SEPARATORS.match(text, position + 1).end()
-    while text[position : position + 1] != "]":
+    start = SEPARATORS.match(text, start + 1).end()
+    while text[start : start + 1] != "]":
         try:
-            item, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
+            item, end = decoder.raw_decode(text, start)
+            if not text[start:end].isascii():  # now as the UTF-8 that it is
+                item = json.loads(text[start:end].encode("latin-1"))
+        except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}") from error
-        yield item
-        position = SEPARATORS.match(text, position).end()
+        yield item, start, end
+        start = SEPARATORS.match(text, end).end()
+
+
+def read_json_item(path: str | Path, start: int, end: int):
+    """An item that `scan_json_list` found. Raises InputError if the file has changed since then."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(end - start)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{path} has changed since it was opened: start again") from error
 
 
 def read_jsonl(path: str | Path, keys: tuple[str, ...] = ()) -> list[dict]:
