@@ -2,7 +2,6 @@ import json
 import random
 
 import pytest
-import torch
 
 from nanollava.conversation import tokenize_conversation
 from nanollava.data import Conversations, length_grouped_batches
