@@ -69,6 +69,18 @@ def test_tied_head_may_be_repeated_in_the_file(folder, change_config, change_ten
     assert Llava.from_pretrained(folder).language_model.lm_head is None
 
 
+def test_killed_save_leaves_no_config(folder, model, monkeypatch):
+    """Without config.json the folder does not open, so old and new files are never mixed."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_format, "write_tensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    with pytest.raises(InputError, match="it has no config.json"):
+        Llava.from_pretrained(folder)
+
+
 class DeepProjector(llava.MLPProjector):
     """A type without a public name. It inherits a hidden_act that would open as another type."""
 

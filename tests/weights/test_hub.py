@@ -150,6 +150,8 @@ def test_stopped_run_resumes_in_the_next_run(server, tmp_path, monkeypatch):
 def test_server_that_ignores_the_range_is_read_from_the_start(server, tmp_path):
     server.faults = [None, None, "break", "ignore range"]
     hub.fetch("someone/model", tmp_path / "model")
+    starts = [start for name, start in server.requests if name == "model.safetensors"]
+    assert starts == [0, hub.BLOCK]  # two requests: the second reply was right
     content = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert content == server.files["model.safetensors"]
 

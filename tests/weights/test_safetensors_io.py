@@ -95,6 +95,14 @@ def test_full_disk_is_an_input_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_file_has_the_permissions_of_any_new_file(tmp_path):
+    """safetensors itself creates files that only their owner can read."""
+    (tmp_path / "other").touch()
+    safetensors_io.write_tensors(tmp_path, {"a": torch.zeros(1)})
+    mode = (tmp_path / "model.safetensors").stat().st_mode
+    assert mode == (tmp_path / "other").stat().st_mode
+
+
 def test_fingerprint_depends_on_content_alone(folder, model, tmp_path):
     model.save_pretrained(tmp_path / "copy")
     original = safetensors_io.fingerprint(folder)
