@@ -117,9 +117,10 @@ def evaluate_ablations(arguments) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = arguments.run.resolve()
     ablations.write_data(root)
-    ablations.run(ablations.jobs(root, arguments.seeds, arguments.steps), arguments.jobs)
-    results = ablations.results(root, arguments.seeds)
-    print(ablations.text(results))
+    tasks = ablations.list_tasks(root, arguments.seeds, arguments.steps)
+    ablations.run_tasks(tasks, arguments.jobs)
+    results = ablations.read_results(root, arguments.seeds)
+    print(ablations.format_results(results))
     if arguments.out:
         write_json(arguments.out, results, indent=2)
 

@@ -1,8 +1,8 @@
-"""What matters, and how much: tables 8 and 4 of the paper on the toy world, `python -m nanollava.evaluate ablations`.
+"""The paper's ablations on the toy world: tables 8 and 4, `python -m nanollava.evaluate ablations`.
 
-Every figure comes from commands that anybody can type: train.py, then an evaluation. Each runs in a process of its
-own, several at once, its words in a .txt beside the folder that it makes. What is finished stays, what was stopped goes
-on.
+Every number comes from commands that you can type yourself: train.py, then an evaluation. Each runs
+in a process of its own, several at a time, and writes its output to a .txt file next to its folder.
+Finished commands are not repeated, and stopped ones are resumed.
 """
 
 import os
@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
 from ..benchmarks.scienceqa import ORDERS, read_rows
 from ..conversation import INSTRUCTION_KINDS
+from ..infra.cli import format_table
 from ..infra.io import InputError, read_json, write_json
 from ..infra.progress import Progress
 from .dataset import write_bench, write_world
@@ -24,187 +25,279 @@ from .scienceqa import write_problems
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 CLIP, LLM = TRAIN.parent / "assets" / "toy-clip", TRAIN.parent / "assets" / "toy-llama"
-BATCH = 16  # rows a step, in both stages
-SHARES = (0.25, 0.5, 1)  # of the steps: how fast do the two orders of reason and answer get there?
-SCIENCEQA = {  # rows of table 8, and what the paper found
+BATCH_SIZE = 16  # in both stages
+SHARES = (0.25, 0.5, 1)  # of the steps: how fast does the model learn with either order of reasons?
+TABLE_8 = {  # ScienceQA: name of the row, its label, the paper's accuracy
     "best": ("as in the paper", 90.92), "last-layer": ("last layer of the ViT", 89.96),
     "answer-first": ("answer first", 89.77), "no-stage-1": ("without stage 1", 85.81),
     "small-llm": ("smaller LLM", 89.84),
 }
-DATA = {  # rows of table 4: kinds of instructions, and what the paper found for each kind of question, and for all
+TABLE_4 = {  # instruction data: name of the row, its label, its kinds, the paper's scores
     "all-kinds": ("all three kinds", INSTRUCTION_KINDS, (83.1, 75.3, 96.5, 85.1)),
-    "no-conversation": ("without conversations", ("detail", "reasoning"), (81.5, 73.3, 90.8, 81.9)),
+    "no-conversation": (
+        "without conversations", ("detail", "reasoning"), (81.5, 73.3, 90.8, 81.9)),
     "no-reasoning": ("without reasoning", ("conversation", "detail"), ()),
     "conversation": ("conversations alone", ("conversation",), (76.5, 59.8, 84.9, 73.8)),
     "none": ("no instruction tuning", (), (22.0, 24.0, 18.5, 21.5)),
 }
+SCORES = (*INSTRUCTION_KINDS, "all")  # the columns of table 4: kinds of questions
 
 
-@dataclass
-class Job:
-    """A command, the file that is there once it is finished, and the files that it waits for."""
-
-    product: Path
-    command: list
-    needs: list[Path]
-
-    @property
-    def folder(self) -> Path:
-        return self.product.parent
+# ---------------------------------------------------------------------------------------------
+# The data
 
 
 def write_data(root: Path, seed: int = 0) -> None:
-    """The toy world, a bench and a ScienceQA with its rows in both orders, whatever is missing."""
+    """Write what is missing: the toy world, its bench and its ScienceQA, and the training rows."""
     world, problems = root / "world", root / "scienceqa"
-    for folder, write in ((world, write_world), (root / "bench", write_bench), (problems, write_problems)):
+    writers = {world: write_world, root / "bench": write_bench, problems: write_problems}
+    for folder, write in writers.items():
         if not folder.exists():
             write(folder, seed)
     for order in ORDERS:
         write_json(root / f"{order}.json", read_rows(problems, "train", order))
     instruct = read_json(world / "instruct.json")
-    for name, (_, kinds, _) in DATA.items():
+    for name, (_, kinds, _) in TABLE_4.items():
         if kinds:
-            write_json(world / f"{name}.json", [row for row in instruct if row["id"].partition("-")[2] in kinds])
+            rows = [row for row in instruct if row["id"].partition("-")[2] in kinds]
+            write_json(world / f"{name}.json", rows)
+    # stage 0 trains the small LLM with the vocabulary of the CLIP that it finds
     if not (root / "small" / "toy-clip").exists():
         shutil.copytree(CLIP, root / "small" / "toy-clip")
 
 
-def jobs(root: Path, seeds: int, steps: int) -> list[Job]:
-    """All that is trained and scored, in an order in which each finds what it needs."""
-    world, problems, small = root / "world", root / "scienceqa", root / "small" / "toy-llama"
-    todo = [Job(small / "config.json", [TRAIN, "--stage", 0, "--small-llm", "--out", root / "small"], [])]
-    length = {path: len(read_json(path)) for path in (*world.glob("*.json"), *root.glob("*-first.json"))}
+@lru_cache
+def count_rows(path: Path) -> int:
+    return len(read_json(path))
 
-    for seed in range(seeds):
-        folder = root / f"seed{seed}"
 
-        def train(name, stage: int, data: Path, images: Path, start: list, needs=(), share=1.0) -> Job:
-            epochs = round(share * steps) * BATCH / length[data]
-            command = [TRAIN, "--stage", stage, *start, "--data", data, "--images", images, "--epochs", epochs,
-                       "--batch-size", BATCH, "--seed", seed, "--out", folder / name, "--resume"]
-            todo.append(Job(folder / name / "config.json", command, list(needs)))
-            return todo[-1]
+# ---------------------------------------------------------------------------------------------
+# The commands
 
-        def score(model: Job, *how) -> None:
-            out = model.folder / "score.json"
-            command = ["-m", "nanollava.evaluate", *how, "--model", model.folder, "--out", out]
-            todo.append(Job(out, command, [model.product]))
 
-        def stage1(name: str, llm: Path, *more, needs=()) -> Job:
-            start = ["--vision", CLIP, "--llm", llm, *more]
-            return train(f"stage1-{name}", 1, world / "pretrain.json", world / "images", start, needs)
+@dataclass
+class Task:
+    """A Python command, and the file that exists once it has finished."""
 
-        def after(made: Job) -> dict:
-            return {"start": ["--model", made.folder], "needs": [made.product]}
+    product: Path
+    arguments: list
 
-        def school(name: str, start: list, needs=(), order=ORDERS[0], share=1.0) -> None:
-            made = train(f"scienceqa-{name}", 2, root / f"{order}.json", problems, start, needs, share)
-            score(made, "scienceqa", "--data", problems, "--batch-size", 64)
+    @property
+    def folder(self) -> Path:
+        return self.product.parent
 
-        full = stage1("best", LLM)
+    @property
+    def output(self) -> Path:
+        """The file of its output: not in its folder, because train.py wants that empty."""
+        return self.folder.with_name(f"{self.folder.name}.txt")
+
+    @property
+    def needs(self) -> list[Path]:
+        """Files that must exist before it starts: of the models that other tasks make."""
+        return [folder / "config.json" for flag, folder in zip(self.arguments, self.arguments[1:])
+                if flag in ("--model", "--llm") and folder != LLM]
+
+
+@dataclass
+class Repetition:
+    """Makes the tasks of one seed. `steps`: of every training."""
+
+    root: Path
+    seed: int
+    steps: int
+
+    def train(self, name: str, stage: int, start: list, data: Path, images: Path,
+              share: float = 1.0) -> Task:
+        """Train for a share of the steps. `start`: the flags that name the initial model."""
+        out = self.root / f"seed{self.seed}" / name
+        epochs = round(share * self.steps) * BATCH_SIZE / count_rows(data)
+        return Task(out / "config.json", [
+            TRAIN, "--stage", stage, *start, "--data", data, "--images", images,
+            "--epochs", epochs, "--batch-size", BATCH_SIZE, "--seed", self.seed,
+            "--out", out, "--resume"])
+
+    def stage1(self, name: str, llm: Path, *flags) -> Task:
+        world, start = self.root / "world", ["--vision-tower", CLIP, "--llm", llm, *flags]
+        return self.train(
+            f"stage1-{name}", 1, start, world / "pretrain.json", world / "images")
+
+    def scienceqa(self, name: str, start: list, order: str = ORDERS[0],
+                  share: float = 1.0) -> list[Task]:
+        """Fine-tune on ScienceQA, then evaluate."""
+        problems = self.root / "scienceqa"
+        model = self.train(
+            f"scienceqa-{name}", 2, start, self.root / f"{order}.json", problems, share)
+        return [model, evaluate(model, "scienceqa", "--data", problems, "--batch-size", 64)]
+
+    def instruct(self, name: str, start: list) -> list[Task]:
+        """Fine-tune on some kinds of instruction data, then evaluate on the bench."""
+        world = self.root / "world"
+        model = self.train(name, 2, start, world / f"{name}.json", world / "images")
+        return [model, evaluate(model, "toy", "--data", self.root / "bench")]
+
+    def tasks(self) -> list[Task]:
+        """All tasks, each after those whose models it needs."""
+        best = self.stage1("best", LLM)
+        last_layer = self.stage1("last-layer", LLM, "--feature-layer", -1)
+        small_llm = self.stage1("small-llm", self.root / "small" / "toy-llama")
+        after_best, no_stage1 = ["--model", best.folder], ["--vision-tower", CLIP, "--llm", LLM]
+        tasks = [best, last_layer, small_llm]
+        # table 8
         for share in SHARES:
-            school(f"best-{share}", **after(full), share=share)
-            school(f"answer-first-{share}", **after(full), order=ORDERS[1], share=share)
-        school("no-stage-1", ["--vision", CLIP, "--llm", LLM])
-        school("last-layer", **after(stage1("last-layer", LLM, "--feature-layer", -1)))
-        for name, (_, kinds, _) in DATA.items():
-            made = train(name, 2, world / f"{name}.json", world / "images", **after(full)) if kinds else full
-            score(made, "toy", "--data", root / "bench")
-        school("small-llm", **after(stage1("small-llm", small, needs=[small / "config.json"])))
-    return todo
+            tasks += self.scienceqa(f"best-{share}", after_best, share=share)
+            tasks += self.scienceqa(f"answer-first-{share}", after_best, "answer-first", share)
+        tasks += self.scienceqa("no-stage-1", no_stage1)
+        tasks += self.scienceqa("last-layer", ["--model", last_layer.folder])
+        tasks += self.scienceqa("small-llm", ["--model", small_llm.folder])
+        # table 4
+        for name, (_, kinds, _) in TABLE_4.items():
+            if kinds:
+                tasks += self.instruct(name, after_best)
+        return [*tasks, evaluate(best, "toy", "--data", self.root / "bench")]
 
 
-def run(todo: list[Job], at_once: int) -> None:
-    """Run the jobs that are not finished. Raises InputError, with its last line, if one fails; the others that run
-    then are asked to stop."""
-    threads = str(max(1, os.cpu_count() // at_once))
-    waiting, running, finished = [job for job in todo if not job.product.exists()], {}, 0
-    begun = len(todo) - len(waiting)
-    with Progress("ablations", len(todo), "runs", begun) as progress:
+def evaluate(model: Task, *arguments) -> Task:
+    out = model.folder / "score.json"
+    return Task(out, [
+        "-m", "nanollava.evaluate", *arguments, "--model", model.folder, "--out", out])
+
+
+def list_tasks(root: Path, seeds: int, steps: int) -> list[Task]:
+    """All trainings and evaluations, each after those whose models it needs."""
+    small = root / "small"
+    tasks = [Task(small / "toy-llama" / "config.json",
+                  [TRAIN, "--stage", 0, "--small-llm", "--out", small])]
+    for seed in range(seeds):
+        tasks += Repetition(root, seed, steps).tasks()
+    return tasks
+
+
+# ---------------------------------------------------------------------------------------------
+# Running them
+
+
+def run_tasks(tasks: list[Task], num_processes: int) -> None:
+    """Run the unfinished tasks, `num_processes` at a time.
+
+    Raises InputError if a task fails. The other processes are then told to stop, as they are by
+    Ctrl-C; training saves a checkpoint.
+    """
+    waiting, running = [task for task in tasks if not task.product.exists()], {}
+    done = len(tasks) - len(waiting)
+    num_threads = max(1, os.cpu_count() // num_processes)
+    with Progress("ablations", len(tasks), "runs", done) as progress:
         try:
             while waiting or running:
-                for job in [job for job in waiting if all(path.exists() for path in job.needs)]:
-                    if len(running) < at_once:
-                        waiting.remove(job)
-                        job.folder.mkdir(parents=True, exist_ok=True)
-                        with open(output(job), "a") as file:
-                            running[subprocess.Popen(
-                                [sys.executable, *map(str, job.command)], stdout=file, stderr=file,
-                                env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)] = job
+                ready = [task for task in waiting if all(path.exists() for path in task.needs)]
+                for task in ready[: num_processes - len(running)]:
+                    waiting.remove(task)
+                    running[start_process(task, num_threads)] = task
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
-                    job = running.pop(process)
-                    if process.returncode or not job.product.exists():
-                        said = output(job).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-                        raise InputError(f"{' '.join(map(str, job.command))}: {said[-1]} (see {output(job)})")
-                    finished += 1
-                    progress.update(begun + finished, str(job.folder))
+                    task = running.pop(process)
+                    check_success(task, process.returncode)
+                    done += 1
+                    progress.update(done, str(task.folder))
         finally:
             for process in running:
-                process.terminate()  # training saves
+                process.terminate()
             for process in running:
                 process.wait()
 
 
-def output(job: Job) -> Path:
-    """Where a job's words go: beside its folder, which train.py wants to find empty."""
-    return job.folder.with_name(f"{job.folder.name}.txt")
+def start_process(task: Task, num_threads: int) -> subprocess.Popen:
+    task.folder.mkdir(parents=True, exist_ok=True)
+    with open(task.output, "a") as output:
+        return subprocess.Popen(
+            [sys.executable, *map(str, task.arguments)], stdout=output, stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": str(num_threads)},
+            start_new_session=True)  # Ctrl-C reaches only this process, which stops the others
+
+
+def check_success(task: Task, return_code: int) -> None:
+    """Raise InputError with the last line of output if a task failed."""
+    if return_code or not task.product.exists():
+        lines = task.output.read_text(errors="replace").strip().splitlines() or ["no output"]
+        command = " ".join(map(str, task.arguments))
+        raise InputError(f"{command}: {lines[-1]} (see {task.output})")
 
 
 # ---------------------------------------------------------------------------------------------
 # The tables
 
 
-def results(root: Path, seeds: int) -> dict:
-    """Percent right, a list of one number a seed: {"scienceqa": {row: [...]}, "orders": {share: {order: [...]}},
-    "data": {row: {kind of question, or "all": [...]}}}."""
+def read_results(root: Path, seeds: int) -> dict:
+    """Accuracies in percent, always a list with one number a seed.
 
-    def score(seed: int, name: str) -> dict:
-        return read_json(root / f"seed{seed}" / name / "score.json")
-
-    def school(name: str) -> list[float]:
-        return [score(seed, f"scienceqa-{name}")["accuracy"]["AVG"] for seed in range(seeds)]
-
-    orders = {share: {order: school(f"{name}-{share}") for order, name in zip(ORDERS, ("best", "answer-first"))}
+    {"scienceqa": {row of table 8: [...]}, "orders": {share of the steps: {order: [...]}},
+    "data": {row of table 4: {kind of questions or "all": [...]}}}
+    """
+    full = SHARES[-1]
+    table_8 = {name: scienceqa_accuracies(
+        root, seeds, f"{name}-{full}" if name in ("best", "answer-first") else name)
+        for name in TABLE_8}
+    orders = {share: {order: scienceqa_accuracies(root, seeds, f"{name}-{share}")
+                      for order, name in zip(ORDERS, ("best", "answer-first"), strict=True)}
               for share in SHARES}
-    table = {name: school(f"{name}-1" if name in ("best", "answer-first") else name) for name in SCIENCEQA}
-    data = {}
-    for name in DATA:
-        scores = [score(seed, name if name != "none" else "stage1-best")["model"] for seed in range(seeds)]
-        data[name] = {kind: [one[kind] for one in scores] for kind in (*INSTRUCTION_KINDS, "all")}
-    return {"scienceqa": table, "orders": orders, "data": data}
+    table_4 = {name: bench_accuracies(root, seeds, name if kinds else "stage1-best")
+               for name, (_, kinds, _) in TABLE_4.items()}
+    return {"scienceqa": table_8, "orders": orders, "data": table_4}
 
 
-def spread(values: list[float]) -> str:
+def scienceqa_accuracies(root: Path, seeds: int, name: str) -> list[float]:
+    scores = read_scores(root, seeds, f"scienceqa-{name}")
+    return [score["accuracy"]["AVG"] for score in scores]
+
+
+def bench_accuracies(root: Path, seeds: int, name: str) -> dict[str, list[float]]:
+    scores = read_scores(root, seeds, name)
+    return {kind: [score["model"][kind] for score in scores] for kind in SCORES}
+
+
+def read_scores(root: Path, seeds: int, name: str) -> list[dict]:
+    return [read_json(root / f"seed{seed}" / name / "score.json") for seed in range(seeds)]
+
+
+def format_results(results: dict) -> str:
+    """The three tables as text, with the paper's numbers."""
+    orders = [[f"{share:g}", *map(mean_and_deviation, row.values())]
+              for share, row in results["orders"].items()]
+    return "\n\n".join([
+        format_table_8(results["scienceqa"]),
+        format_table(["share of the steps", *ORDERS], orders),
+        format_table_4(results["data"])])
+
+
+def format_table_8(accuracies: dict[str, list[float]]) -> str:
+    """ScienceQA. Differences are from the first row; over seeds, from the same seed's."""
+    baseline, (_, paper_baseline) = accuracies["best"], TABLE_8["best"]
+    rows = []
+    for name, (label, paper) in TABLE_8.items():
+        row = [label, mean_and_deviation(accuracies[name]), "", f"{paper:.2f}"]
+        if name != "best":
+            differences = [value - base for value, base in zip(accuracies[name], baseline)]
+            paper_difference = paper - paper_baseline
+            row[2] = mean_and_deviation(differences)
+            row += [f"{paper_difference:+.2f}", same_sign(differences, paper_difference)]
+        rows.append(row)
+    header = ["ScienceQA, table 8", "toy", "difference", "paper", "difference", "same sign"]
+    return format_table(header, rows)
+
+
+def format_table_4(accuracies: dict[str, dict[str, list[float]]]) -> str:
+    """Kinds of instruction data (rows) and kinds of questions (columns)."""
+    rows = [[label, *(mean_and_deviation(accuracies[name][kind]) for kind in SCORES),
+             *map(str, paper)] for name, (label, _, paper) in TABLE_4.items()]
+    header = ["instruction data, table 4", *SCORES, *(f"paper: {kind}" for kind in SCORES)]
+    return format_table(header, rows)
+
+
+def mean_and_deviation(values: list[float]) -> str:
     """Mean and standard deviation over seeds, "81.3 ± 0.7"."""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def agrees(less: list[float], paper: float) -> str:
-    """Do the differences, one a seed, have the sign of the paper's?"""
-    same = [difference * paper > 0 for difference in less]
-    return "yes" if all(same) else "no" if not any(same) else "not clear"
-
-
-def grid(rows: list[list[str]]) -> str:
-    """Rows of cells as text, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) + 3 for column in zip_longest(*rows, fillvalue="")]
-    return "\n".join("".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def text(found: dict) -> str:
-    """The tables beside the paper's."""
-    best, (_, paper_best) = found["scienceqa"]["best"], SCIENCEQA["best"]
-    school = [["ScienceQA, table 8", "here", "to the first", "the paper", "to the first", "as there?"]]
-    for name, (label, paper) in SCIENCEQA.items():
-        values = found["scienceqa"][name]
-        less = [one - other for one, other in zip(values, best)]
-        compared = [spread(less), f"{paper:.2f}", f"{paper - paper_best:+.2f}", agrees(less, paper - paper_best)]
-        school.append([label, spread(values), *(["", f"{paper:.2f}"] if name == "best" else compared)])
-    orders = [["share of the steps", *ORDERS]]
-    orders += [[f"{share:g}", *map(spread, row.values())] for share, row in found["orders"].items()]
-    kinds = (*INSTRUCTION_KINDS, "all")
-    data = [["instructions, table 4", *kinds, *(f"paper: {kind}" for kind in kinds)]]
-    data += [[label, *(spread(found["data"][name][kind]) for kind in kinds), *map(str, paper)]
-             for name, (label, _, paper) in DATA.items()]
-    return "\n\n".join(map(grid, (school, orders, data)))
+def same_sign(differences: list[float], paper_difference: float) -> str:
+    """Whether the differences, one a seed, all have the sign of the paper's."""
+    same = [difference * paper_difference > 0 for difference in differences]
+    return "yes" if all(same) else "no" if not any(same) else "unclear"

@@ -1,228 +1,337 @@
-"""The toy world's CLIP: a ViT and a reader of captions, trained to agree (Radford et al., 2021).
+"""The toy world's CLIP: a ViT and a text transformer trained together (Radford et al., 2021).
 
-Two contrasts teach it. CLIP's own: a picture belongs to its caption. And a small one besides, as GLIP does it for
-regions (Li et al., 2022): a patch, where LLaVA reads it, belongs to the caption of the one thing on it. A public CLIP
-has seen 400 million pictures, and its patches came to know what is on them; here the second contrast takes the place
-of the many pictures, for in a few minutes the first alone teaches the whole and little of the parts.
+Two contrastive losses train it. The first is CLIP's own: an image belongs to its caption. The
+second does the same for patches, as GLIP does for regions (Li et al., 2022): the features of a
+patch, at the layer that LLaVA reads, belong to the caption of the one thing on it. A public CLIP
+learns what is on its patches from 400 million images. Here the second loss makes up for the small
+number of images: in a few minutes, the first alone teaches much about an image as a whole and
+little about its parts.
+
+Shapes: N images of P patches, D the hidden size of a tower, E the size of the shared space.
 """
 
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from ..data import collate
 from ..image import preprocess
 from ..infra.resume import Checkpoints
+from ..infra.run_log import Run
 from ..tokenizer import Tokenizer
-from ..training import fit
+from ..training import train
 from ..vision import Encoder, VisionConfig, VisionTower
-from ..weights import hf_format
-from . import questions, scene
+from ..weights import hf_config, hf_format, safetensors_io
 from .muon import muon
+from .questions import CAPTION_STYLES, caption
+from .scene import (
+    COLORS,
+    IMAGE_SIZE,
+    KINDS,
+    SIZES,
+    Box,
+    Scene,
+    Thing,
+    draw_image,
+    is_validation_scene,
+    random_boxes,
+    random_scenes,
+)
 
-VISION = VisionConfig(image_size=scene.PICTURE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
-                      num_hidden_layers=5, num_attention_heads=4)
-SIZE = 128  # of the space where pictures and captions meet
-GRID = VISION.image_size // VISION.patch_size  # patches a side
-SAVE_EVERY = 100  # steps; stage 0 goes on where it was stopped
+VISION_CONFIG = VisionConfig(
+    image_size=IMAGE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
+    num_hidden_layers=5, num_attention_heads=4)
+TEXT_CONFIG = VisionConfig(  # a CLIP's text tower has the same blocks as its vision tower
+    hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
+MAX_CAPTION_LENGTH = 96  # tokens
+EMBED_SIZE = 128  # E
+GRID_SIZE = VISION_CONFIG.image_size // VISION_CONFIG.patch_size  # patches a side
+SAVE_EVERY = 100  # steps between two checkpoints of stage 0
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
 
 
 class TextEmbeddings(nn.Module):
-    def __init__(self, vocab_size: int, length: int, size: int):
+    def __init__(self, vocab_size: int, max_length: int, hidden_size: int):
         super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, size)
-        self.position_embedding = nn.Embedding(length, size)
+        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
+        self.position_embedding = nn.Embedding(max_length, hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        positions = self.position_embedding.weight[: tokens.shape[1]]  # (T, D)
+        return self.token_embedding(tokens) + positions  # (N, T) -> (N, T, D)
 
 
 class TextTower(nn.Module):
-    """CLIP's reader of captions: causal blocks, and what the end-of-text token has seen at the last of them."""
+    """CLIP's text transformer. Its blocks are causal; the last token stands for the caption."""
 
-    def __init__(self, config: VisionConfig, vocab_size: int, length: int):
+    def __init__(self, config: VisionConfig, vocab_size: int, max_length: int):
         super().__init__()
-        self.config, self.vocab_size, self.length = config, vocab_size, length
-        self.embeddings = TextEmbeddings(vocab_size, length, config.hidden_size)
+        self.embeddings = TextEmbeddings(vocab_size, max_length, config.hidden_size)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Captions (N, T), each ending at its length (N,) with the end-of-text token, to vectors (N, D)."""
-        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[: tokens.shape[1]]
+        """Captions (N, T), padded on the right, and their lengths (N,), to vectors (N, D)."""
+        x = self.embeddings(tokens)
         for block in self.encoder.layers:
             x = block(x, is_causal=True)
-        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), lengths - 1])
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]  # (N, D), end of text
+        return self.final_layer_norm(last)
 
 
 class Clip(nn.Module):
-    """Two towers that agree on which caption belongs to which picture. Names as in the public CLIP."""
+    """A vision and a text tower that map an image and its caption to nearby vectors.
+
+    Parameters have the names of the public CLIP.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
-        self.end_of_text = len(tokenizer)  # one past the vocabulary
         self.tokenizer = tokenizer
-        text = VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
-        self.vision_model = VisionTower(VISION)
-        self.text_model = TextTower(text, len(tokenizer) + 1, length=96)
-        self.visual_projection = nn.Linear(VISION.hidden_size, SIZE, bias=False)
-        self.text_projection = nn.Linear(text.hidden_size, SIZE, bias=False)
+        self.end_of_text = len(tokenizer)  # a token of its own, the first id past the vocabulary
+        self.vision_model = VisionTower(VISION_CONFIG)
+        self.text_model = TextTower(TEXT_CONFIG, len(tokenizer) + 1, MAX_CAPTION_LENGTH)
+        self.visual_projection = nn.Linear(VISION_CONFIG.hidden_size, EMBED_SIZE, bias=False)
+        self.text_projection = nn.Linear(TEXT_CONFIG.hidden_size, EMBED_SIZE, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Set the embeddings; the other weights keep the defaults of their layers."""
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.1)
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
-        with torch.no_grad():
-            self.vision_model.embeddings.position_embedding.weight.copy_(waves(GRID, VISION.hidden_size))
+        positions = sincos_pos_embed(GRID_SIZE, VISION_CONFIG.hidden_size)
+        self.vision_model.embeddings.position_embedding.weight.copy_(positions)
 
-    def see(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures (N, 3, H, W) to unit vectors: what the whole shows, (N, size), and each patch, (N, P, size)."""
-        x = self.vision_model(images, layer=-2)  # (N, 1 + P, D), what LLaVA reads
-        whole = self.vision_model.encoder.layers[-1](x)[:, 0]
-        return self.project(whole), self.project(x[:, 1:])
+    def encode_image(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 3, H, W) to unit vectors: the images' (N, E), and their patches' (N, P, E)."""
+        x = self.vision_model(images, feature_layer=-2)  # (N, 1 + P, D); LLaVA reads the patches
+        class_token = self.vision_model.encoder.layers[-1](x)[:, 0]  # (N, D)
+        return self.project(class_token), self.project(x[:, 1:])
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.visual_projection(self.vision_model.post_layernorm(x)), dim=-1)
+        x = self.visual_projection(self.vision_model.post_layernorm(x))  # (..., D) -> (..., E)
+        return F.normalize(x, dim=-1)
 
-    def read(self, captions: list[str]) -> torch.Tensor:
-        """Captions to unit vectors (N, size)."""
+    def encode_text(self, captions: list[str]) -> torch.Tensor:
+        """N captions to unit vectors (N, E)."""
         rows = [self.tokenizer.encode(text) + [self.end_of_text] for text in captions]
-        tokens, _, _ = collate([(row, row, []) for row in rows])  # (N, T)
+        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # (N, T)
         lengths, device = torch.tensor([len(row) for row in rows]), self.logit_scale.device
-        return F.normalize(self.text_projection(self.text_model(tokens.to(device), lengths.to(device))), dim=-1)
-
-    def save(self, folder: Path) -> None:
-        text = {key: getattr(self.text_model.config, key) for key in
-                ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")}
-        config = {
-            "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": self.visual_projection.out_features,
-            "vision_config": hf_format.clip_json(vars(VISION)),
-            "text_config": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", **text,
-                            "vocab_size": self.text_model.vocab_size, "max_position_embeddings": self.text_model.length,
-                            "eos_token_id": self.end_of_text},
-        }
-        hf_format.write(folder, config, {name: tensor.bfloat16() for name, tensor in self.state_dict().items()},
-                         [self.tokenizer.path])
+        x = self.text_projection(self.text_model(tokens.to(device), lengths.to(device)))
+        return F.normalize(x, dim=-1)
 
 
-def load_clip(folder: Path) -> Clip:
-    """What `Clip.save` wrote, in float32."""
-    clip = Clip(Tokenizer(folder))
-    hf_format.load(clip, hf_format.read_tensors(folder), folder, torch.float32, "cpu")
-    return clip
+def sincos_pos_embed(grid_size: int, hidden_size: int) -> torch.Tensor:
+    """Initial positions (1 + P, D): sines and cosines of row and column, 0 for the class token.
 
-
-def waves(grid: int, size: int) -> torch.Tensor:
-    """Positions (1 + grid * grid, size) to begin with: sines and cosines of row and column, zero for the class token.
-
-    Neighbours start alike, and place is learned in half the time that random positions take.
+    Neighbors start with similar vectors, so that the model learns places in half the steps that
+    random vectors take.
     """
-    count = size // 4
+    count = hidden_size // 4
     frequencies = math.pi / 2 * (1 / 8) ** (torch.arange(count) / (count - 1))
-    angles = torch.arange(grid)[:, None] * frequencies
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, size / 2)
-    plane = torch.cat([line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)], dim=-1)
-    return 0.5 * torch.cat([torch.zeros(1, size), plane.flatten(0, 1)])
+    angles = torch.arange(grid_size)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D / 2)
+    rows = axis[:, None].expand(grid_size, grid_size, -1)
+    columns = axis[None].expand(grid_size, grid_size, -1)
+    patches = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (P, D)
+    return 0.5 * torch.cat([torch.zeros(1, hidden_size), patches])
 
 
-def nearly(things, rng: random.Random):
-    """The same scene but for one kind, color, size or place."""
-    number, attribute = rng.randrange(len(things)), rng.choice(("kind", "kind", "color", "cell", "size"))
-    values = {"kind": scene.KINDS, "color": scene.COLORS, "size": scene.SIZES, "cell": range(9)}[attribute]
-    taken = [getattr(thing, attribute) for thing in (things if attribute == "cell" else things[number : number + 1])]
-    changed = dict(vars(things[number]), **{attribute: rng.choice([value for value in values if value not in taken])})
-    changed_scene = (*things[:number], scene.Thing(**changed), *things[number + 1 :])
-    return tuple(sorted(changed_scene, key=lambda thing: thing.cell))
+# ---------------------------------------------------------------------------------------------
+# The loss
 
 
-def clip_scenes(rng: random.Random, count: int) -> list[tuple[scene.Thing, ...]]:
-    """Scenes to train on, half of them in groups of about four that are nearly the same: hard to tell apart."""
-    scenes, drawn = [], scene.scenes(rng)
-    while len(scenes) < count // 2:
-        one = next(drawn)
-        scenes += [one, *(other for other in (nearly(one, rng) for _ in range(3)) if not scene.is_held_out(other))]
-    return scenes + [next(drawn) for _ in range(count - len(scenes))]
+def contrastive_loss(
+    clip: Clip, embeds: torch.Tensor, scenes: Sequence[Scene], style: int) -> torch.Tensor:
+    """CLIP's symmetric loss for the embeddings (N, E) of images or patches of N scenes.
 
-
-def picture(things, placed, rng: random.Random) -> torch.Tensor:
-    return preprocess(scene.draw(things, placed, rng), VISION.image_size)
-
-
-def on_patches(things, placed) -> list[scene.Thing | None]:
-    """For each patch in reading order the thing that covers a third of it, if one does."""
-    shown, side = [], VISION.patch_size
-    for top in range(0, VISION.image_size, side):
-        for left in range(0, VISION.image_size, side):
-            shown.append(None)
-            for thing, (x, y, width, height) in zip(things, placed):
-                across = min(x + width, left + side) - max(x, left)
-                down = min(y + height, top + side) - max(y, top)
-                if across > 0 and down > 0 and across * down > side * side / 3:
-                    shown[-1] = thing
-    return shown
-
-
-def some_patches(things, placed, rng: random.Random) -> list[tuple[int, tuple[scene.Thing, ...]]]:
-    """One patch for each thing and one without any: its number, and what is on it as a scene of its own."""
-    shown = on_patches(things, placed)
-    return [(rng.choice([patch for patch, other in enumerate(shown) if other is thing]), (thing,) if thing else ())
-            for thing in (*things, None)]
-
-
-def contrast(clip: Clip, seen: torch.Tensor, scenes: list[tuple[scene.Thing, ...]], style: int) -> torch.Tensor:
-    """CLIP's symmetric loss for unit vectors (N, size) and the scenes that they show.
-
-    A scene that is there several times is told once, and its vectors share what is right.
+    Each embedding must find its caption among all captions of the batch, and each caption its
+    embedding. Equal scenes share one caption, whose target is spread over their embeddings.
     """
-    number = {scene: n for n, scene in enumerate(dict.fromkeys(scenes))}
-    said = clip.read([questions.caption(scene, style) for scene in number])  # (M, size)
-    logits = clip.logit_scale.exp() * seen @ said.T  # (N, M)
-    right = F.one_hot(torch.tensor([number[scene] for scene in scenes], device=seen.device), len(number)).float()
-    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right.T / right.sum(dim=0)[:, None])) / 2
+    numbers = {things: number for number, things in enumerate(dict.fromkeys(scenes))}
+    captions = clip.encode_text([caption(things, style) for things in numbers])  # (M, E)
+    logits = clip.logit_scale.exp() * embeds @ captions.T  # (N, M)
+    classes = torch.tensor([numbers[things] for things in scenes], device=embeds.device)
+    matches = F.one_hot(classes, len(numbers)).float()  # (N, M)
+    image_loss = F.cross_entropy(logits, matches)
+    text_loss = F.cross_entropy(logits.T, matches.T / matches.sum(dim=0)[:, None])
+    return (image_loss + text_loss) / 2
 
 
-def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=400, batch_size=128) -> None:
-    """Train the toy CLIP by the two contrasts on fresh scenes, and save it in bfloat16."""
+def clip_loss(
+    clip: Clip, images: torch.Tensor, scenes: list[Scene], patches: list[tuple], style: int,
+) -> torch.Tensor:
+    """The loss of images (N, 3, H, W) and of some of their patches.
+
+    patches: (row of the image, number of the patch, scene on the patch).
+    style: of all captions in the batch.
+    """
+    image_embeds, patch_embeds = clip.encode_image(images)  # (N, E), (N, P, E)
+    rows, numbers, patch_scenes = zip(*patches)
+    return (contrastive_loss(clip, image_embeds, scenes, style)
+            + contrastive_loss(clip, patch_embeds[rows, numbers], patch_scenes, style))
+
+
+# ---------------------------------------------------------------------------------------------
+# The data
+
+
+def draw_batch(seed: int, step: int, batch_size: int) -> tuple:
+    """The arguments of `clip_loss` for a step: images, scenes, patches and style.
+
+    A batch depends on seed and step alone, so that a resumed run sees the same batches.
+    """
+    rng = random.Random(f"{seed} {step}")
+    scenes, style = draw_scenes(rng, batch_size), rng.randrange(CAPTION_STYLES)
+    boxes = [random_boxes(things, rng) for things in scenes]
+    images = torch.stack([draw_pixels(*pair, rng) for pair in zip(scenes, boxes)])
+    patches = [(row, *patch) for row, pair in enumerate(zip(scenes, boxes))
+               for patch in sample_patches(*pair, rng)]
+    return images, scenes, patches, style
+
+
+def draw_scenes(rng: random.Random, count: int) -> list[Scene]:
+    """Training scenes, half of them in groups of about four that are hard to tell apart."""
+    scenes, stream = [], random_scenes(rng)
+    while len(scenes) < count // 2:
+        things = next(stream)
+        similar = [change_one_attribute(things, rng) for _ in range(3)]
+        scenes += [things, *(other for other in similar if not is_validation_scene(other))]
+    return scenes + list(islice(stream, count - len(scenes)))
+
+
+def change_one_attribute(things: Scene, rng: random.Random) -> Scene:
+    """The same scene, except for the kind, color, size or place of one thing."""
+    index = rng.randrange(len(things))
+    attribute = rng.choice(("kind", "kind", "color", "cell", "size"))
+    values = {"kind": KINDS, "color": COLORS, "size": SIZES, "cell": range(9)}[attribute]
+    # a thing may get a color that another thing has, but not its place
+    compared = things if attribute == "cell" else things[index : index + 1]
+    taken = [getattr(thing, attribute) for thing in compared]
+    value = rng.choice([value for value in values if value not in taken])
+    changed = replace(things[index], **{attribute: value})
+    scene = (*things[:index], changed, *things[index + 1 :])
+    return tuple(sorted(scene, key=lambda thing: thing.cell))
+
+
+def draw_pixels(things: Scene, boxes: list[Box], rng: random.Random) -> torch.Tensor:
+    """The image of a scene as the ViT takes it, (3, H, W)."""
+    return preprocess(draw_image(things, boxes, rng), VISION_CONFIG.image_size)
+
+
+def things_on_patches(things: Scene, boxes: list[Box]) -> list[Thing | None]:
+    """For each patch, in reading order, the thing whose box covers a third of it, or None."""
+    found, side = [], VISION_CONFIG.patch_size
+    for patch_top in range(0, VISION_CONFIG.image_size, side):
+        for patch_left in range(0, VISION_CONFIG.image_size, side):
+            found.append(None)
+            for thing, (left, top, width, height) in zip(things, boxes):
+                overlap_x = min(left + width, patch_left + side) - max(left, patch_left)
+                overlap_y = min(top + height, patch_top + side) - max(top, patch_top)
+                if overlap_x > 0 and overlap_y > 0 and overlap_x * overlap_y > side * side / 3:
+                    found[-1] = thing
+    return found
+
+
+def sample_patches(
+    things: Scene, boxes: list[Box], rng: random.Random) -> list[tuple[int, Scene]]:
+    """One patch for each thing, and one for the background: its number, and what is on it."""
+    on_patches, sampled = things_on_patches(things, boxes), []
+    for thing in (*things, None):
+        numbers = [number for number, other in enumerate(on_patches) if other is thing]
+        sampled.append((rng.choice(numbers), (thing,) if thing else ()))
+    return sampled
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def forward_backward(clip: Clip, batch: tuple, device) -> tuple[torch.Tensor, int]:
+    """Add to the gradients; return the loss and the number of image tokens."""
+    images, scenes, patches, style = batch
+    with torch.no_grad():
+        clip.logit_scale.clamp_(max=math.log(100))  # as CLIP does, for stability
+    loss = clip_loss(clip, images.to(device), scenes, patches, style)
+    loss.backward()
+    return loss.detach(), len(images) * VISION_CONFIG.num_patches
+
+
+def train_clip(
+    folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=400, batch_size=128,
+) -> None:
+    """Train the toy CLIP, with new scenes in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
     clip = Clip(tokenizer).to(device)
-
-    def batches(start):
-        for step in range(start, steps):
-            rng = random.Random(f"{seed} {step}")  # what a step sees depends on its number alone: a run can go on
-            scenes, style = clip_scenes(rng, batch_size), rng.randrange(questions.STYLES)
-            placed = [scene.boxes(things, rng) for things in scenes]
-            images = torch.stack([picture(*pair, rng) for pair in zip(scenes, placed)])
-            patches = [(row, patch, shown) for row, pair in enumerate(zip(scenes, placed))
-                       for patch, shown in some_patches(*pair, rng)]
-            yield images.to(device), scenes, patches, style
-
-    def learn(batch):
-        images, scenes, patches, style = batch
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
-        whole, parts = clip.see(images)
-        rows, numbers, shown = zip(*patches)
-        loss = contrast(clip, whole, scenes, style) + contrast(clip, parts[rows, numbers], shown, style)
-        loss.backward()
-        return loss.detach()
-
-    optimizers = muon(clip, 3e-3)
-    checkpoints = Checkpoints(folder / "resume", clip, optimizers, dict(seed=seed, steps=steps, batch_size=batch_size))
-    start = checkpoints.load()
-    fit("toy CLIP ", learn, batches(start), steps, optimizers, checkpoints=checkpoints, start=start, every=SAVE_EVERY)
-    clip.save(folder)
+    optimizers = muon(clip, lr=3e-3)
+    settings = dict(seed=seed, steps=steps, batch_size=batch_size)
+    checkpoints = Checkpoints(folder / "resume", clip, optimizers, settings)
+    run = Run("toy CLIP", steps, checkpoints, save_every=SAVE_EVERY)
+    batches = (draw_batch(seed, step, batch_size) for step in range(run.start, steps))
+    train(run, clip, batches, optimizers, forward_backward)
+    save_clip(clip, folder)
     checkpoints.clear()
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @torch.no_grad()
 def clip_accuracy(clip: Clip, rng: random.Random, count: int) -> float:
-    """Percent of held-out pictures whose own caption is the nearest of 32: a quarter of the others differ in one word,
-    the rest belong to any other scenes."""
-    right, device, drawn, others = 0, clip.logit_scale.device, scene.scenes(rng, held_out=True), scene.scenes(rng)
-    for things in islice(drawn, count):
-        scenes = [things, *(nearly(things, rng) for _ in range(8))]
-        scenes += islice(others, 32 - len(scenes))
-        image = picture(things, scene.boxes(things, rng), rng)[None].to(device)
-        scores = clip.read([questions.caption(scene, 0) for scene in scenes]) @ clip.see(image)[0][0]  # (32,)
-        right += scenes[int(scores.argmax())] == things
-    return 100 * right / count
+    """Percent of validation images whose own caption is the nearest of 32.
+
+    Eight of the other captions differ in one attribute; the rest are of random scenes.
+    """
+    correct, device = 0, clip.logit_scale.device
+    validation, training = random_scenes(rng, validation=True), random_scenes(rng)
+    for things in islice(validation, count):
+        scenes = [things, *(change_one_attribute(things, rng) for _ in range(8))]
+        scenes += islice(training, 32 - len(scenes))
+        image = draw_pixels(things, random_boxes(things, rng), rng)[None].to(device)
+        image_embeds, _ = clip.encode_image(image)  # (1, E)
+        captions = clip.encode_text([caption(other, 0) for other in scenes])  # (32, E)
+        best = int((captions @ image_embeds[0]).argmax())
+        correct += scenes[best] == things
+    return 100 * correct / count
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def save_clip(clip: Clip, folder: Path) -> None:
+    """Write config.json and bfloat16 safetensors in the public layout, and the tokenizer."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "layer_norm_eps")
+    config = {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": EMBED_SIZE,
+        "vision_config": hf_config.clip_json(vars(VISION_CONFIG)),
+        "text_config": {
+            "model_type": "clip_text_model", "hidden_act": "quick_gelu",
+            **{key: getattr(TEXT_CONFIG, key) for key in sizes},
+            "vocab_size": clip.end_of_text + 1, "max_position_embeddings": MAX_CAPTION_LENGTH,
+            "eos_token_id": clip.end_of_text},
+    }
+    tensors = {name: tensor.bfloat16() for name, tensor in clip.state_dict().items()}
+    hf_format.save_folder(folder, config, tensors, [clip.tokenizer.path])
+
+
+def load_clip(folder: Path) -> Clip:
+    """A CLIP that `save_clip` wrote, in float32."""
+    clip = Clip(Tokenizer(folder))
+    tensors = safetensors_io.read_tensors(folder)
+    safetensors_io.load_strict(clip, tensors, folder, torch.float32, "cpu")
+    return clip

@@ -1,14 +1,19 @@
-"""The toy world's LLaMA: trained on conversations about scenes that it is *told*, never shown, and on multiple
-choice.
+"""The toy world's LLaMA: a language model trained on conversations about scenes, without images.
 
-It is told a scene in two ways. In prose: a caption stands before the first question. And in bags of words: a grid of
-vectors, each the sum of the embeddings of the words for one patch of the picture ("red", "cat", "at the top left").
-Prose alone teaches a network this small to name things that are there, but takes very long to teach which color belongs
-to which thing; in bags that is one look, and the skill carries over.
+A conversation presents its scene in one of two ways. As prose, a caption stands in the place of
+the image. As patch words, each patch of the image becomes the sum of the embeddings of its words
+("red", "cat", "at the top left"), and these vectors stand where image features will stand later.
+From prose alone, a network of this size soon learns to name the things of a scene, but very slowly
+which color belongs to which thing. From patch words that is one step of attention, and it carries
+over to prose.
+
+Multiple choice without a scene prepares for ScienceQA.
 """
 
 import random
 import re
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,208 +26,320 @@ from ..chat import generate_replies
 from ..conversation import IMAGE_TOKEN, tokenize_conversation
 from ..data import collate
 from ..infra.resume import Checkpoints
-from ..llama import Llama, LlamaConfig, rope_cos_sin, rotate
+from ..infra.run_log import Run
+from ..llama import Attention, Llama, LlamaConfig, apply_rotary_emb, rope_cos_sin
 from ..llava import Llava, LlavaConfig
 from ..teacher import prompts
 from ..tokenizer import Tokenizer
-from ..training import fit
+from ..training import train
 from ..weights import hf_config, hf_format
-from . import questions, scene
-from .clip import GRID, SAVE_EVERY, VISION, on_patches
+from . import questions
+from .clip import SAVE_EVERY, VISION_CONFIG, things_on_patches
 from .muon import muon
+from .scene import COLORS, KINDS, PLACES, SIZES, Box, Scene, random_boxes, random_scenes
+
+EASY_STEPS = 280  # the first steps, on easy conversations
+GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
+EASY_TYPES = ("kind", "color", "size", "place")
+OPTION_SETS = (  # the options of a multiple-choice question are words of one set
+    tuple(KINDS), tuple(COLORS), PLACES, questions.NUMBERS[1:4], ("yes", "no"), ("left", "right"),
+    ("above", "below"), tuple(f"the {kind}" for kind in KINDS),
+    tuple(f"the {color} {kind}" for color in COLORS for kind in KINDS))
 
 
-def bags(things, placed) -> list[list[str]]:
-    """The words for each patch in reading order: kind, color, size and place of the thing on it."""
-    return [[thing.kind, thing.color, thing.size, thing.place] if thing else []
-            for thing in on_patches(things, placed)]
-
-
-class BagEmbeddings:
-    """Turns the bags of a batch into vectors in the language model's space, where pictures will stand later."""
-
-    def __init__(self, model: Llava, tokenizer: Tokenizer):
-        self.model = model
-        words = (*scene.KINDS, *scene.COLORS, *scene.SIZES, *scene.PLACES)
-        self.pieces = {word: tokenizer.encode(word) for word in words}
-
-    def __call__(self, scenes: list[list[list[str]]], rng: random.Random, forget=0.0, noise=0.0) -> torch.Tensor:
-        """N lists of bags to (N, P, D). `forget` is the share of words left out, `noise` in standard deviations of
-        the embeddings."""
-        table = self.model.language_model.model.embed_tokens.weight
-        rows = [[piece for word in words if rng.random() >= forget for piece in self.pieces[word]]
-                for scene in scenes for words in scene]
-        width = max(map(len, rows))
-        tokens = torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=table.device)
-        tokens = tokens.view(len(scenes), -1, width)  # (N, P, words)
-        embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
-        embeds = embeds.sum(dim=2)
-        return embeds + noise * table.detach().std() * torch.randn_like(embeds)
-
-
-FIRST_LESSON_STEPS = 280  # steps of the first lesson; rows are drawn for four at once
-LISTS = (tuple(scene.KINDS), tuple(scene.COLORS), scene.PLACES, questions.NUMBERS[1:4], ("yes", "no"), ("left", "right"),
-         ("above", "below"), tuple(f"the {kind}" for kind in scene.KINDS),
-         tuple(f"the {color} {kind}" for color in scene.COLORS for kind in scene.KINDS))  # what options are made of
-EASY = ("kind", "color", "size", "place")
-
-
-def first_lesson(things, rng: random.Random) -> list[str]:
-    """Telegrams, which have little but words that belong to one thing: all things and their words three times, always
-    in another order, or questions of the easiest types, answered "cat is red" or "cat red"."""
-    texts = []
-    if rng.random() < 0.5:
-        for _ in range(3):
-            said = [[thing.kind, thing.color, thing.size, thing.place] for thing in rng.sample(things, len(things))]
-            texts += [rng.choice(prompts.BRIEF), ", ".join(" ".join(rng.sample(words, 4)) for words in said)]
-        return texts
-    for _, question, answer in questions.draw_questions(things, rng, 6, EASY):
-        answer = re.sub(r"\ban? |(?<!at |on |in )\bthe ", "", answer.lower().strip("."))
-        texts += [question, answer if rng.random() < 0.5 else answer.replace(" is ", " ")]
-    return texts
-
-
-def lesson(things, rng: random.Random) -> list[str]:
-    """Questions and answers in turn: five of any type, at times a caption, a description or some reasoning."""
-    pairs = [[question, answer] for _, question, answer in questions.draw_questions(things, rng, 5, questions.WEIGHTED_TYPES)]
-    if rng.random() < 0.2:
-        pairs.append([rng.choice(prompts.BRIEF), questions.caption(things, rng.randrange(questions.CAPTION_STYLES))])
-    if rng.random() < 0.1:
-        pairs.append([rng.choice(prompts.DETAILED), questions.description(things)])
-    if rng.random() < 0.3:
-        pairs += [[question, answer] for _, question, answer in questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))]
-    rng.shuffle(pairs)
-    return [text for pair in pairs for text in pair]
-
-
-def alike(things) -> bool:
-    """Have two of the things their kind or their color in common? Such scenes teach to compare and to count."""
-    return len({thing.kind for thing in things}) < len(things) or len({thing.color for thing in things}) < len(things)
-
-
-def exam(rng: random.Random, first: bool) -> list[dict]:
-    """Multiple choice without a scene: which letter stands before a word? Vicuna knows, and ScienceQA asks.
-
-    It is learned as "cat (B), star (A)." first: finding the word again, and what stands before it there, are two steps.
-    "The answer is B." wants a third, to fetch the word that is asked for, and on its own is not learned at all.
-    """
-    turns = []
-    for _ in range(6 if first else 3):
-        words = rng.choice(LISTS)
-        choices = rng.sample(words, rng.randint(2, min(4, len(words))))
-        said, order = scienceqa.format_options(choices) + "\n", rng.sample(range(len(choices)), len(choices))
-        if first or rng.random() < 0.3:
-            pairs = ", ".join(f"{choices[number]} ({scienceqa.LETTERS[number]})" for number in order)
-            turns += [{"from": "human", "value": said}, {"from": "gpt", "value": f"{pairs}."}]
-            continue
-        for number in order:
-            turns += [{"from": "human", "value": said + choices[number]},
-                      {"from": "gpt", "value": f"The answer is {scienceqa.LETTERS[number]}."}]
-            said = ""
-    return turns
-
-
-def tell(turns: list[dict], things, rng: random.Random) -> list[dict]:
-    """The conversation with a scene told in prose where its picture would stand."""
-    style = rng.randrange(questions.CAPTION_STYLES + 1)
-    story = questions.description(things) if style == questions.CAPTION_STYLES else questions.caption(things, style)
-    return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, story)} for turn in turns]
-
-
-def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=2400,
-                batch_size=16) -> None:
-    """Train the toy LLaMA on conversations about fresh scenes told to it, and save it in bfloat16."""
-    torch.manual_seed(seed)
-    model = Llava(LlavaConfig(VISION, llama_config(len(tokenizer), small), image_token_id=len(tokenizer)))
-    initialize(model.language_model)
-    model.multi_modal_projector.requires_grad_(False)
-    model.to(device)
-    told = BagEmbeddings(model, tokenizer)
-
-    def draw(rng, first: bool):
-        """A row of tokens and labels, and the bags of its picture, or None where it has none."""
-        often = rng.random() < 0.5
-        things = next(things for things in scene.random_scenes(rng) if not often or alike(things))
-        if rng.random() < (0.5 if first else 0.12):
-            turns, words = exam(rng, first), None
-        else:
-            prose, texts = not first and rng.random() < 1 / 3, (first_lesson if first else lesson)(things, rng)
-            turns = prompts.make_turns(texts, image_first=first or rng.random() < 0.5)
-            turns, words = (tell(turns, things, rng), None) if prose else (turns, bags(things, scene.random_boxes(things, rng)))
-        return *tokenize_conversation(turns, tokenizer, tokens_per_image=GRID * GRID), words
-
-    def batches(start):
-        for step in range(start, steps):
-            if step == start or step % 4 == 0:  # rows for four steps, those of like lengths together: less padding
-                rng = random.Random(f"{seed} {step // 4}")
-                rows = [draw(rng, first=step < FIRST_LESSON_STEPS) for _ in range(4 * batch_size)]
-                rows.sort(key=lambda row: len(row[0]))
-                four = [rows[row : row + batch_size] for row in range(0, len(rows), batch_size)]
-                rng.shuffle(four)
-            batch = four[step % 4]
-            tokens, labels, _ = collate([(ids, targets, []) for ids, targets, _ in batch])
-            words = [words for _, _, words in batch if words]
-            yield tokens, labels, words, random.Random(f"{seed} {step} forget")
-
-    def learn(batch):
-        tokens, labels, words, rng = batch
-        pictures = told(words, rng, forget=0.1, noise=0.3) if words else None
-        loss = model(tokens, labels=labels, image_features=pictures)
-        loss.backward()
-        return loss.detach()
-
-    optimizers = muon(model.language_model, 1.2e-3)
-    run = dict(seed=seed, steps=steps, batch_size=batch_size)
-    checkpoints = Checkpoints(folder / "resume", model.language_model, optimizers, run)
-    start = checkpoints.load()
-    fit("toy LLaMA", learn, batches(start), steps, optimizers, checkpoints=checkpoints, start=start, every=SAVE_EVERY)
-    tensors = {name: tensor.bfloat16() for name, tensor in model.language_model.state_dict().items()}
-    hf_format.save_folder(folder, hf_config.llama_json(vars(model.config.text)), tensors, [tokenizer.path])
-    checkpoints.clear()
+# ---------------------------------------------------------------------------------------------
+# The model
 
 
 def llama_config(vocab_size: int, small: bool = False) -> LlamaConfig:
-    """The long waves of LLaMA 3's rotary angles: things are found by what they are, not by how far they are."""
-    width, depth = (128, 3) if small else (192, 4)
-    return LlamaConfig(vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
-                       num_attention_heads=4, rope_theta=500_000.0)
+    """The size of the toy LLaMA; `small` has a third of its parameters.
+
+    rope_theta is LLaMA 3's, for slowly turning rotary angles: in these conversations things are
+    found by what they are, not by how far away they are.
+    """
+    hidden_size, depth = (128, 3) if small else (192, 4)
+    return LlamaConfig(
+        vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=depth, num_attention_heads=4, rope_theta=500_000.0)
 
 
 @torch.no_grad()
 def initialize(llama: Llama) -> None:
-    """Embeddings that differ, blocks that begin by adding nothing, a head that begins by knowing nothing, and one
-    attention head that begins by looking at the token before.
+    """Initial weights with which a small network learns in few steps.
 
-    For that, all embeddings have their mean and spread in common: a query and a key that are the same everywhere, but
-    for their angles. Which letter stands before a word is learned in less than half the steps with it.
+    Embeddings are clearly different, blocks add nothing, and all next tokens are about equally
+    likely. One attention head looks at the token before.
     """
     for name, parameter in llama.named_parameters():
-        if "embed_tokens" in name:
-            parameter.copy_(0.1 + 0.1 * F.layer_norm(torch.randn_like(parameter), parameter.shape[1:]))
+        if "embed_tokens" in name:  # mean 0.1, see attend_to_previous_token
+            noise = F.layer_norm(torch.randn_like(parameter), parameter.shape[1:])
+            parameter.copy_(0.1 + 0.1 * noise)
         elif "lm_head" in name:
             nn.init.normal_(parameter, std=0.02)
         elif "o_proj" in name or "down_proj" in name:
             nn.init.zeros_(parameter)
         elif parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.7 * parameter.shape[1] ** -0.5)
-    attention, size = llama.model.layers[0].self_attn, llama.config.head_dim
-    query = (torch.arange(size) < size // 2).float()
-    key = rotate(query, rope_cos_sin(torch.tensor([[1]]), llama.config)).flatten()  # as if it stood one further on
-    attention.q_proj.weight[:size] = 8 / llama.config.hidden_size * query[:, None]
-    attention.k_proj.weight[:size] = 8 / llama.config.hidden_size * key[:, None]
+    attend_to_previous_token(llama.model.layers[0].self_attn, llama.config)
 
 
 @torch.no_grad()
-def llama_answers(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, prose: bool):
-    """Held-out questions of every type about `count` scenes told to the model: rows as in test.json, its replies."""
-    told, drawn = BagEmbeddings(model, tokenizer), scene.random_scenes(rng, validation=True)
-    rows, said = [], []
-    for things in islice(drawn, count):
-        asked = [pair for kind in questions.QUESTION_TYPES for pair in questions.draw_questions(things, rng, 1, (kind,))]
-        told_scene = bags(things, scene.random_boxes(things, rng))
-        turns = [prompts.make_turns([question], image_first=True) for _, question, _ in asked]
-        turns = [tell(turn, things, rng) for turn in turns] if prose else turns
-        pictures = None if prose else told([told_scene] * len(asked), rng)
-        said += generate_replies(model, tokenizer, turns, image_features=pictures)
-        rows += [{"type": kind, "conversations": [{}, {"value": answer}]} for kind, _, answer in asked]
-    return rows, said
+def attend_to_previous_token(attention: Attention, config: LlamaConfig) -> None:
+    """Set the query and key of head 0 such that each token attends to the one before.
+
+    All embeddings have the same positive mean, so a projection whose columns are equal makes the
+    same vector of every token. That is a query which differs between positions only in its rotary
+    angle. The key is the same vector, rotated one position further: the key of position t - 1 then
+    points where the query of position t points, and no other key does.
+
+    With this head, the model learns in less than half the steps which letter stands before a word.
+    """
+    query = (torch.arange(config.head_dim) < config.head_dim // 2).float()  # (head_dim,)
+    cos, sin = rope_cos_sin(torch.tensor([[1]]), config)
+    key = apply_rotary_emb(query, cos, sin).flatten()
+    sharpness = 8  # large enough that softmax gives almost all weight to that key
+    head = slice(config.head_dim)
+    attention.q_proj.weight[head] = sharpness / config.hidden_size * query[:, None]
+    attention.k_proj.weight[head] = sharpness / config.hidden_size * key[:, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Scenes as patch words
+
+
+def patch_words(things: Scene, boxes: list[Box]) -> list[list[str]]:
+    """For each patch, in reading order, the words for the thing on it; none for background."""
+    return [[thing.kind, thing.color, thing.size, thing.place] if thing else []
+            for thing in things_on_patches(things, boxes)]
+
+
+class PatchWordEmbeddings:
+    """Embeds patch words in the language model's space, where image features will stand later."""
+
+    def __init__(self, model: Llava, tokenizer: Tokenizer):
+        self.embed_tokens = model.language_model.model.embed_tokens
+        words = (*KINDS, *COLORS, *SIZES, *PLACES)
+        self.tokens = {word: tokenizer.encode(word) for word in words}
+
+    def __call__(self, images: list[list[list[str]]], rng: random.Random, dropout=0.0,
+                 noise=0.0) -> torch.Tensor:
+        """The patch words of N scenes to (N, P, D): each patch is the sum of its words.
+
+        dropout: the share of words to leave out. noise: in standard deviations of the embeddings.
+        """
+        table = self.embed_tokens.weight  # (V, D)
+        patches = [
+            [token for word in words if rng.random() >= dropout for token in self.tokens[word]]
+            for image in images for words in image]
+        width = max(map(len, patches))
+        padded = [tokens + [-1] * (width - len(tokens)) for tokens in patches]
+        tokens = torch.tensor(padded, device=table.device).view(len(images), -1, width)
+        embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
+        embeds = embeds.sum(dim=2)  # (N, P, width, D) -> (N, P, D)
+        return embeds + noise * table.detach().std() * torch.randn_like(embeds)
+
+
+# ---------------------------------------------------------------------------------------------
+# The text of a conversation
+
+
+def easy_texts(things: Scene, rng: random.Random) -> list[str]:
+    """Questions and answers in few words, almost all of which belong to one thing.
+
+    Either lists of all things, each with its words in random order, or questions of the easiest
+    types with answers such as "cat is red" or "cat red".
+    """
+    texts = []
+    if rng.random() < 0.5:
+        for _ in range(3):
+            shuffled = rng.sample(things, len(things))
+            words = [[thing.kind, thing.color, thing.size, thing.place] for thing in shuffled]
+            question = rng.choice(prompts.BRIEF)
+            texts += [question, ", ".join(" ".join(rng.sample(group, 4)) for group in words)]
+        return texts
+    for _, question, answer in questions.draw_questions(things, rng, 6, EASY_TYPES):
+        # without articles, except in places: "the cat is on the left" -> "cat is on the left"
+        answer = re.sub(r"\ban? |(?<!at |on |in )\bthe ", "", answer.lower().strip("."))
+        texts += [question, answer if rng.random() < 0.5 else answer.replace(" is ", " ")]
+    return texts
+
+
+def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
+    """Questions and answers of all types; sometimes a caption, a description or reasoning."""
+    drawn = questions.draw_questions(things, rng, 5, questions.WEIGHTED_TYPES)
+    pairs = [[question, answer] for _, question, answer in drawn]
+    if rng.random() < 0.2:
+        question, style = rng.choice(prompts.BRIEF), rng.randrange(questions.CAPTION_STYLES)
+        pairs.append([question, questions.caption(things, style)])
+    if rng.random() < 0.1:
+        pairs.append([rng.choice(prompts.DETAILED), questions.description(things)])
+    if rng.random() < 0.3:
+        drawn = questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
+        pairs += [[question, answer] for _, question, answer in drawn]
+    rng.shuffle(pairs)
+    return [text for pair in pairs for text in pair]
+
+
+def multiple_choice(rng: random.Random, easy: bool) -> list[dict]:
+    """A conversation about options without a scene: which letter stands before a word?
+
+    Vicuna can do this, and ScienceQA needs it. The easy form asks for all letters, "cat (B), star
+    (A).": find the word in the options, then the letter before it. "The answer is B." needs a third
+    step, to fetch the word that is asked for, and is not learned without the easy form.
+    """
+    turns = []
+    for _ in range(6 if easy else 3):
+        words = rng.choice(OPTION_SETS)
+        choices = rng.sample(words, rng.randint(2, min(4, len(words))))
+        options = scienceqa.format_options(choices) + "\n"
+        order = rng.sample(range(len(choices)), len(choices))
+        if easy or rng.random() < 0.3:
+            pairs = [f"{choices[number]} ({scienceqa.LETTERS[number]})" for number in order]
+            turns += [{"from": "human", "value": options},
+                      {"from": "gpt", "value": f"{', '.join(pairs)}."}]
+            continue
+        for number in order:
+            turns += [{"from": "human", "value": options + choices[number]},
+                      {"from": "gpt", "value": f"The answer is {scienceqa.LETTERS[number]}."}]
+            options = ""  # only the first question repeats them
+    return turns
+
+
+def image_to_prose(turns: list[dict], things: Scene, rng: random.Random) -> list[dict]:
+    """The conversation with a caption or description in place of its image."""
+    style = rng.randrange(questions.CAPTION_STYLES + 1)
+    if style == questions.CAPTION_STYLES:
+        text = questions.description(things)
+    else:
+        text = questions.caption(things, style)
+    return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, text)} for turn in turns]
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows and batches
+
+
+def share_kind_or_color(things: Scene) -> bool:
+    """True if two things have the same kind or color: such scenes teach to compare and count."""
+    kinds, colors = {thing.kind for thing in things}, {thing.color for thing in things}
+    return min(len(kinds), len(colors)) < len(things)
+
+
+def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool) -> tuple:
+    """A random conversation: its tokens, labels and patch words, or None where it has no image.
+
+    The order of the random draws is part of the data: the same seed must give the same rows.
+    """
+    only_similar = rng.random() < 0.5
+    things = next(things for things in random_scenes(rng)
+                  if not only_similar or share_kind_or_color(things))
+    words = None
+    if rng.random() < (0.5 if easy else 0.12):
+        turns = multiple_choice(rng, easy)  # the scene is not used
+    else:
+        as_prose = not easy and rng.random() < 1 / 3
+        texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
+        turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
+        if as_prose:
+            turns = image_to_prose(turns, things, rng)
+        else:
+            words = patch_words(things, random_boxes(things, rng))
+    tokens, labels = tokenize_conversation(
+        turns, tokenizer, tokens_per_image=VISION_CONFIG.num_patches)
+    return tokens, labels, words
+
+
+def draw_batches(
+    tokenizer: Tokenizer, seed: int, start: int, steps: int, batch_size: int) -> Iterator[tuple]:
+    """Yield tokens (B, T), labels (B, T), patch words and a random generator for each step.
+
+    They depend on seed and step alone, so that a resumed run sees the same batches.
+    """
+    for step in range(start, steps):
+        group, number = divmod(step, GROUP)
+        if number == 0 or step == start:
+            rng = random.Random(f"{seed} {group}")
+            easy = GROUP * group < EASY_STEPS
+            rows = [draw_row(tokenizer, rng, easy) for _ in range(GROUP * batch_size)]
+            rows.sort(key=lambda row: len(row[0]))
+            batches = [rows[first : first + batch_size]
+                       for first in range(0, len(rows), batch_size)]
+            rng.shuffle(batches)
+        tokens, labels, _ = collate([(tokens, labels, []) for tokens, labels, _ in batches[number]])
+        words = [words for _, _, words in batches[number] if words]
+        yield tokens, labels, words, random.Random(f"{seed} {step} forget")
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def forward_backward(
+    embed_words: PatchWordEmbeddings, model: Llava, batch: tuple, device,
+) -> tuple[torch.Tensor, int]:
+    """Add to the gradients; return the loss and the number of tokens."""
+    tokens, labels, words, rng = batch
+    features = embed_words(words, rng, dropout=0.1, noise=0.3) if words else None
+    loss = model(tokens, labels=labels, image_features=features)
+    loss.backward()
+    return loss.detach(), tokens.numel()
+
+
+def train_llama(
+    folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=2400,
+    batch_size=16,
+) -> None:
+    """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16.
+
+    It is trained inside a LLaVA, which puts the embedded patch words in the place of image tokens.
+    """
+    torch.manual_seed(seed)
+    text_config = llama_config(len(tokenizer), small)
+    model = Llava(LlavaConfig(VISION_CONFIG, text_config, image_token_id=len(tokenizer)))
+    llama = model.language_model
+    initialize(llama)
+    model.multi_modal_projector.requires_grad_(False)
+    model.to(device)
+    optimizers = muon(llama, lr=1.2e-3)
+    settings = dict(seed=seed, steps=steps, batch_size=batch_size)
+    checkpoints = Checkpoints(folder / "resume", llama, optimizers, settings)
+    run = Run("toy LLaMA", steps, checkpoints, save_every=SAVE_EVERY)
+    batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
+    embed_words = PatchWordEmbeddings(model, tokenizer)
+    train(run, model, batches, optimizers, partial(forward_backward, embed_words))
+    tensors = {name: tensor.bfloat16() for name, tensor in llama.state_dict().items()}
+    config = hf_config.llama_json(vars(text_config))
+    hf_format.save_folder(folder, config, tensors, [tokenizer.path])
+    checkpoints.clear()
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def answer_scenes(
+    model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, as_prose: bool,
+) -> tuple[list[dict], list[str]]:
+    """Ask a question of every type about each of `count` validation scenes, without images.
+
+    Returns rows in the format of test.json, and the model's replies.
+    """
+    embed_words = PatchWordEmbeddings(model, tokenizer)
+    rows, predictions = [], []
+    for things in islice(random_scenes(rng, validation=True), count):
+        triples = [triple for question_type in questions.QUESTION_TYPES
+                   for triple in questions.draw_questions(things, rng, 1, (question_type,))]
+        words = patch_words(things, random_boxes(things, rng))
+        conversations = [prompts.make_turns([question, answer], image_first=True)
+                         for _, question, answer in triples]
+        prompted = [turns[:1] for turns in conversations]
+        features = None
+        if as_prose:
+            prompted = [image_to_prose(turns, things, rng) for turns in prompted]
+        else:
+            features = embed_words([words] * len(triples), rng)  # (questions, P, D)
+        predictions += generate_replies(model, tokenizer, prompted, image_features=features)
+        rows += [{"type": question_type, "conversations": turns}
+                 for (question_type, _, _), turns in zip(triples, conversations)]
+    return rows, predictions

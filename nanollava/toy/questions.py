@@ -1,17 +1,21 @@
-"""What is said about the toy world: captions, descriptions, questions with their answers."""
+"""The language of the toy world: captions, descriptions, and questions with one right answer each.
+
+Every function takes the things of a scene and writes English about them. Nothing here is drawn.
+"""
 
 import random
 
-from .scene import COLORS, KINDS, Thing
+from .scene import COLORS, KINDS, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
+CAPTION_STYLES = 5  # the styles of `caption` are 0 to 4
 
 
 # ---------------------------------------------------------------------------------------------
 # Words
 
 
-def a(noun: str) -> str:
+def with_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
@@ -19,49 +23,26 @@ def plural(noun: str) -> str:
     return noun if noun == "fish" else f"{noun}s"
 
 
-def listed(words: list[str]) -> str:
+def join_words(words: list[str]) -> str:
     """["x", "y", "z"] -> "x, y and z"."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
     return text[0].upper() + text[1:] + "."
 
 
-def described(thing: Thing) -> str:
-    return a(f"{thing.size} {thing.color} {thing.kind}")
+def noun_phrase(thing: Thing) -> str:
+    """For example "a big red cat"."""
+    return with_article(f"{thing.size} {thing.color} {thing.kind}")
 
 
-def caption(things: tuple[Thing, ...], style: int) -> str:
-    """One sentence that names every thing, its size, color and place, in one of five styles."""
-    if not things:
-        return "Nothing."
-    if style == 4:
-        return sentence(listed([f"{t.place} {described(t)}" for t in things]))
-    start = ("", "a picture of ", "we see ", f"there {'is' if len(things) == 1 else 'are'} ")[style]
-    return sentence(start + listed([f"{described(t)} {t.place}" for t in things]))
+def unique_name(thing: Thing, things: Scene, hide: str = "") -> str | None:
+    """The shortest of "the cat", "the red cat" and "the cat on the left" that fits only this thing.
 
-
-STYLES = 5
-
-
-def description(things: tuple[Thing, ...]) -> str:
-    """Everything there is to say about a scene."""
-    count = "There is one thing" if len(things) == 1 else f"There are {NUMBERS[len(things)]} things"
-    said = [f"{count} in the picture."]
-    said += [sentence(f"{t.place} there is {described(t)}") for t in things]
-    for one, other in zip(things, things[1:]):
-        if one.cell // 3 != other.cell // 3:
-            said.append(sentence(f"the {one.color} {one.kind} is above the {other.color} {other.kind}"))
-        else:
-            said.append(sentence(f"the {one.color} {one.kind} is left of the {other.color} {other.kind}"))
-    return " ".join(said)
-
-
-def name(thing: Thing, things: tuple[Thing, ...], hide: str = "") -> str | None:
-    """The shortest name that only this thing has ("the cat", "the red cat", "the cat on the left"), or None.
-
-    `hide` is the attribute that is asked for and must not be given away.
+    The attribute `hide` ("color" or "cell") is what a question asks for, so the name must not
+    contain it. None if no name is left.
     """
     same_kind = [t for t in things if t.kind == thing.kind]
     if len(same_kind) == 1:
@@ -71,130 +52,183 @@ def name(thing: Thing, things: tuple[Thing, ...], hide: str = "") -> str | None:
     return None if hide == "cell" else f"the {thing.kind} {thing.place}"
 
 
-# Each of these writes one question and its only right answer about a scene, or None where the scene has none.
-# Answers that need more than one look (count, relation, same color) look first and conclude last: a chain of
-# thought as small as it gets, without which counting is learned only half.
+# ---------------------------------------------------------------------------------------------
+# Captions
+
+
+def caption(things: Scene, style: int) -> str:
+    """One sentence that names every thing with its size, color and place, in one of five styles."""
+    if not things:
+        return "Nothing."
+    if style == 4:
+        return sentence(join_words([f"{t.place} {noun_phrase(t)}" for t in things]))
+    verb = "is" if len(things) == 1 else "are"
+    start = ("", "a picture of ", "we see ", f"there {verb} ")[style]
+    return sentence(start + join_words([f"{noun_phrase(t)} {t.place}" for t in things]))
+
+
+def description(things: Scene) -> str:
+    """A detailed description: the number of things, each thing, and how neighbors are arranged."""
+    count = len(things)
+    start = "There is one thing" if count == 1 else f"There are {NUMBERS[count]} things"
+    sentences = [f"{start} in the picture."]
+    sentences += [sentence(f"{t.place} there is {noun_phrase(t)}") for t in things]
+    for first, second in zip(things, things[1:]):
+        relation = "above" if first.row != second.row else "left of"
+        sentences.append(sentence(
+            f"the {first.color} {first.kind} is {relation} the {second.color} {second.kind}"))
+    return " ".join(sentences)
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions that need a look at the image
+#
+# Each function returns a random question of its type and the answer, or None if it finds no such
+# question about the scene. The answers to count, relation and same color first state what is seen
+# and then conclude. This is a minimal chain of thought; without it, counting is only half learned.
 
 
 def ask_kind(things, rng):
     thing = rng.choice(things)
-    return f"What is {thing.place}?", sentence(f"{thing.place} is {a(thing.kind)}")
+    return f"What is {thing.place}?", sentence(f"{thing.place} is {with_article(thing.kind)}")
 
 
 def ask_color(things, rng):
     thing = rng.choice(things)
-    subject = name(thing, things, hide="color")
-    return f"What color is {subject}?", sentence(f"{subject} is {thing.color}")
+    name = unique_name(thing, things, hide="color")
+    return f"What color is {name}?", sentence(f"{name} is {thing.color}")
 
 
 def ask_size(things, rng):
     thing = rng.choice(things)
-    subject = name(thing, things)
-    return f"Is {subject} big or small?", sentence(f"{subject} is {thing.size}")
+    name = unique_name(thing, things)
+    return f"Is {name} big or small?", sentence(f"{name} is {thing.size}")
 
 
 def ask_place(things, rng):
     thing = rng.choice(things)
-    subject = name(thing, things, hide="cell")
-    return subject and (f"Where is {subject}?", sentence(f"{subject} is {thing.place}"))
+    name = unique_name(thing, things, hide="cell")
+    return name and (f"Where is {name}?", sentence(f"{name} is {thing.place}"))
 
 
 def ask_presence(things, rng):
     if rng.random() < 0.5:  # yes
         thing = rng.choice(things)
         noun = thing.kind if rng.random() < 0.5 else f"{thing.color} {thing.kind}"
-        return f"Is there {a(noun)}?", f"Yes, there is {a(noun)}."
+        return f"Is there {with_article(noun)}?", f"Yes, there is {with_article(noun)}."
     kind, color = rng.choice(tuple(KINDS)), rng.choice(tuple(COLORS))
-    if rng.random() < 0.5:  # no, but nearly: a thing of that kind in another color
+    if rng.random() < 0.5:  # a hard "no": a kind that is present, in another color
         kind = rng.choice(things).kind
     noun = f"{color} {kind}" if any(t.kind == kind for t in things) or rng.random() < 0.5 else kind
     if any((t.color, t.kind) == (color, kind) for t in things):
         return None
-    return f"Is there {a(noun)}?", f"No, there is no {noun}."
+    return f"Is there {with_article(noun)}?", f"No, there is no {noun}."
 
 
 def ask_count(things, rng):
-    """The answer goes through all things before it counts: a thought at a time, for a network that has few."""
-    seen = listed([f"{t.place} is {a(t.kind)}" for t in things])
+    """The answer names every thing before it counts."""
+    listing = join_words([f"{t.place} is {with_article(t.kind)}" for t in things])
     if rng.random() < 0.3:
-        return "How many things are there?", sentence(f"{seen}, so {NUMBERS[len(things)]}")
+        answer = sentence(f"{listing}, so {NUMBERS[len(things)]}")
+        return "How many things are there?", answer
     kind = rng.choice(things).kind if rng.random() < 0.8 else rng.choice(tuple(KINDS))
-    found = sum(t.kind == kind for t in things)
-    counted = f"{NUMBERS[found] if found else 'no'} {kind if found == 1 else plural(kind)}"
-    return f"How many {plural(kind)} are there?", sentence(f"{seen}, so {counted}")
+    count = sum(t.kind == kind for t in things)
+    result = f"{NUMBERS[count] if count else 'no'} {kind if count == 1 else plural(kind)}"
+    return f"How many {plural(kind)} are there?", sentence(f"{listing}, so {result}")
 
 
 def ask_relation(things, rng):
     if len(things) < 2:
         return None
-    one, other = rng.sample(things, 2)
-    across, words = rng.choice((((one.cell % 3) - (other.cell % 3), ("left", "right")),
-                                ((one.cell // 3) - (other.cell // 3), ("above", "below"))))
-    subject, reference = name(one, things, hide="cell"), name(other, things, hide="cell")
-    if across == 0 or not subject or not reference:
+    first, second = rng.sample(things, 2)
+    offset, relations = rng.choice((
+        (first.column - second.column, ("left", "right")),
+        (first.row - second.row, ("above", "below"))))
+    first_name = unique_name(first, things, hide="cell")
+    second_name = unique_name(second, things, hide="cell")
+    if offset == 0 or not first_name or not second_name:
         return None
-    of = " of" if words[0] == "left" else ""
-    return (f"Is {subject} {words[0]} or {words[1]}{of} {reference}?",
-            sentence(f"{subject} is {one.place} and {reference} is {other.place}, so {words[across > 0]}"))
+    choice = " or ".join(relations) + (" of" if relations[0] == "left" else "")
+    places = f"{first_name} is {first.place} and {second_name} is {second.place}"
+    answer = sentence(f"{places}, so {relations[offset > 0]}")
+    return f"Is {first_name} {choice} {second_name}?", answer
 
 
 def ask_same_color(things, rng):
     if len(things) < 2:
         return None
-    one, other = rng.sample(things, 2)
-    subject, reference = name(one, things, hide="color"), name(other, things, hide="color")
-    verdict = "yes" if one.color == other.color else "no"
-    return (f"Are {subject} and {reference} the same color?",
-            sentence(f"{subject} is {one.color} and {reference} is {other.color}, so {verdict}"))
+    first, second = rng.sample(things, 2)
+    first_name = unique_name(first, things, hide="color")
+    second_name = unique_name(second, things, hide="color")
+    colors = f"{first_name} is {first.color} and {second_name} is {second.color}"
+    answer = sentence(f"{colors}, so {'yes' if first.color == second.color else 'no'}")
+    return f"Are {first_name} and {second_name} the same color?", answer
 
 
-QUESTIONS = {
-    "kind": ask_kind, "color": ask_color, "size": ask_size, "place": ask_place, "presence": ask_presence,
-    "count": ask_count, "relation": ask_relation, "same color": ask_same_color,
+QUESTION_TYPES = {
+    "kind": ask_kind, "color": ask_color, "size": ask_size, "place": ask_place,
+    "presence": ask_presence, "count": ask_count, "relation": ask_relation,
+    "same color": ask_same_color,
 }
-LESSONS = (*QUESTIONS, "count", "count", "same color")  # what is learned last is asked more often
+# the types to draw from in training: those that are learned last are drawn more often
+WEIGHTED_TYPES = (*QUESTION_TYPES, "count", "count", "same color")
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions that need a thought beyond it
 
 
 def ask_farthest(things, rng):
-    side, rank = rng.choice((("to the left", lambda t: t.cell % 3), ("to the right", lambda t: -(t.cell % 3)),
-                             ("up", lambda t: t.cell // 3), ("down", lambda t: -(t.cell // 3))))
-    first, *rest = sorted(things, key=rank)
-    if not rest or rank(first) == rank(rest[0]):
+    direction, rank = rng.choice((
+        ("to the left", lambda t: t.column), ("to the right", lambda t: -t.column),
+        ("up", lambda t: t.row), ("down", lambda t: -t.row)))
+    first, *others = sorted(things, key=rank)
+    if not others or rank(first) == rank(others[0]):
         return None
-    places = listed([f"{name(t, things)} is {t.place}" for t in things])
-    return f"Which thing is the farthest {side}?", sentence(f"{places}, so {name(first, things)}")
+    places = join_words([f"{unique_name(t, things)} is {t.place}" for t in things])
+    answer = sentence(f"{places}, so {unique_name(first, things)}")
+    return f"Which thing is the farthest {direction}?", answer
 
 
 def ask_left_over(things, rng):
-    gone = rng.choice(things)
-    rest = [a(f"{t.color} {t.kind}") for t in things if t is not gone]
-    return (f"If {name(gone, things)} went away, what would be left?",
-            sentence(f"without {name(gone, things)} there would be {listed(rest) if rest else 'nothing'}"))
+    removed = rng.choice(things)
+    name = unique_name(removed, things)
+    others = [with_article(f"{t.color} {t.kind}") for t in things if t is not removed]
+    remaining = join_words(others) if others else "nothing"
+    answer = sentence(f"without {name} there would be {remaining}")
+    return f"If {name} went away, what would be left?", answer
 
 
 def ask_more(things, rng):
     kinds = list(dict.fromkeys(t.kind for t in things))
     if len(kinds) < 2:
         return None
-    one, other = rng.sample(kinds, 2)
-    many, few = (sum(t.kind == kind for t in things) for kind in (one, other))
-    counted = [f"{NUMBERS[number]} {kind if number == 1 else plural(kind)}"
-               for number, kind in ((many, one), (few, other))]
-    return (f"Are there more {plural(one)} than {plural(other)}?",
-            sentence(f"there {'is' if many == 1 else 'are'} {listed(counted)}, so {'yes' if many > few else 'no'}"))
+    kinds = rng.sample(kinds, 2)
+    first, second = counts = [sum(t.kind == kind for t in things) for kind in kinds]
+    phrases = [f"{NUMBERS[count]} {kind if count == 1 else plural(kind)}"
+               for count, kind in zip(counts, kinds)]
+    verdict = "yes" if first > second else "no"
+    verb = "is" if first == 1 else "are"
+    answer = sentence(f"there {verb} {join_words(phrases)}, so {verdict}")
+    return f"Are there more {plural(kinds[0])} than {plural(kinds[1])}?", answer
 
 
-REASONING = {"farthest": ask_farthest, "left over": ask_left_over, "more": ask_more}
+REASONING_TYPES = {"farthest": ask_farthest, "left over": ask_left_over, "more": ask_more}
 
 
-def ask(things, rng: random.Random, count: int, types=tuple(QUESTIONS)) -> list[tuple[str, str, str]]:
-    """Up to `count` different questions about a scene, their types drawn from `types`: (type, question, answer)."""
-    asked = {}
+def draw_questions(
+    things: Scene, rng: random.Random, count: int, types: tuple[str, ...] = tuple(QUESTION_TYPES),
+) -> list[tuple[str, str, str]]:
+    """Up to `count` different questions about a scene: (type, question, answer).
+
+    Their types are drawn from `types`. A scene may have fewer questions than `count`.
+    """
+    found = {}
     for _ in range(20 * count):
-        kind = rng.choice(types)
-        pair = (QUESTIONS | REASONING)[kind](things, rng)
-        if pair and pair[0] not in asked:
-            asked[pair[0]] = (kind, *pair)
-        if len(asked) == count:
+        question_type = rng.choice(types)
+        pair = (QUESTION_TYPES | REASONING_TYPES)[question_type](things, rng)
+        if pair and pair[0] not in found:
+            found[pair[0]] = (question_type, *pair)
+        if len(found) == count:
             break
-    return list(asked.values())
+    return list(found.values())

@@ -1,20 +1,17 @@
-"""How well a model sees the toy world.
+"""How well a model sees the toy world: questions about validation images, by question type.
 
-Held-out questions about pictures that no training met, scored by exact match, type by type, against two controls: the
-same questions about the wrong picture (what can be guessed from the words alone) and the model after stage 1 only
-(what the projector brings before the language model has learned to use it).
+A reply is correct if it equals the right answer. Two controls show what the accuracy means: the
+same questions about a wrong image (what can be guessed from the words alone), and the model after
+stage 1 (what the projector alone brings, before the language model has learned to use it).
 """
 
-import textwrap
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from ..benchmarks.report import Exchange, write_report
 from ..chat import generate_replies
-from ..conversation import IMAGE_TOKEN
 from ..image import open_image, preprocess
 from ..infra.io import read_json
 from ..infra.progress import Progress
@@ -22,89 +19,96 @@ from ..infra.run_log import read_log
 from ..llava import Llava
 from ..tokenizer import Tokenizer
 
-
-def same(reply: str, truth: str) -> bool:
-    """True if a reply is the right sentence, up to capitals, spaces and the final stop."""
-    one, other = (text.lower().strip(" .").split() for text in (reply, truth))
-    return one == other
+CARDS = 24  # images in a report
 
 
-def answer_toy(model, tokenizer, rows, images: Path, label="", batch_size=64) -> list[str]:
-    """The model's replies to rows of test.json, each about one picture."""
+def is_correct(reply: str, answer: str) -> bool:
+    """True if a reply equals the answer, up to capitals, spaces and the full stop."""
+    return reply.lower().strip(" .").split() == answer.lower().strip(" .").split()
+
+
+def accuracy(rows: list[dict], predictions: list[str]) -> dict[str, float]:
+    """Percent correct by question type, and of "all". `rows` are in the format of test.json."""
+    correct = defaultdict(list)
+    for row, prediction in zip(rows, predictions):
+        answer = row["conversations"][1]["value"]
+        correct[row["type"]].append(is_correct(prediction, answer))
+    correct["all"] = [result for results in correct.values() for result in results]
+    return {name: 100 * sum(results) / len(results) for name, results in correct.items()}
+
+
+def answer_rows(
+    model: Llava, tokenizer: Tokenizer, rows: list[dict], images: Path, label: str = "",
+    batch_size: int = 64,
+) -> list[str]:
+    """The model's replies to rows of test.json, each with one image of the folder `images`."""
     files = sorted({row["image"] for row in rows})
-    seen = {}  # file -> (P, D); test pictures are few and asked about many times
+    features = encode_files(model, files, images, batch_size)
+    replies = {}
+    # replies of one type are about equally long, so that few rows of a batch wait for others
+    order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])
+    with Progress(label, len(rows), "questions") as progress:
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            batch = [rows[number] for number in numbers]
+            questions = [row["conversations"][:1] for row in batch]
+            image_features = torch.stack([features[row["image"]] for row in batch])
+            texts = generate_replies(
+                model, tokenizer, questions, image_features=image_features)
+            replies.update(zip(numbers, texts))
+            progress.update(len(replies))
+    return [replies[number] for number in range(len(rows))]
+
+
+@torch.no_grad()
+def encode_files(
+    model: Llava, files: list[str], images: Path, batch_size: int) -> dict[str, torch.Tensor]:
+    """Image features (P, D) by file: an image is encoded once for all questions about it."""
+    features = {}
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
-        pixels = torch.stack([preprocess(open_image(images / file), model.config.image_size) for file in batch])
-        with torch.no_grad():
-            seen.update(zip(batch, model.see(pixels)))
-    said = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])  # replies of a type are about as long
-    with Progress(label, len(rows), "questions") as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = order[start : start + batch_size]
-            texts = generate_replies(model, tokenizer, [rows[number]["conversations"][:1] for number in batch],
-                            image_features=torch.stack([seen[rows[number]["image"]] for number in batch]))
-            for number, text in zip(batch, texts):
-                said[number] = text
-            progress.update(start + len(batch))
-    return said
+        pixels = [preprocess(open_image(images / file), model.config.image_size) for file in batch]
+        features.update(zip(batch, model.encode_images(torch.stack(pixels))))
+    return features
 
 
-def accuracy(rows, said: list[str]) -> dict[str, float]:
-    """Percent right for each type, and for all questions together."""
-    right = defaultdict(list)
-    for row, reply in zip(rows, said):
-        right[row["type"]].append(same(reply, row["conversations"][1]["value"]))
-    right["all"] = [hit for hits in list(right.values()) for hit in hits]
-    return {kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()}
+def evaluate_run(
+    run: Path, data: Path, device: str = "cpu", limit: int | None = None,
+) -> tuple[dict[str, dict[str, float]], list[dict], list[str]]:
+    """Evaluate the models of a run, stage2/ and, if it exists, stage1/, on test.json of `data`.
 
-
-def toy_table(run: Path, data: Path, device: str = "cpu", limit: int | None = None):
-    """The columns of the toy evaluation for a folder that holds stage2/ and maybe stage1/; the rows of test.json
-    and what the model of stage 2 said to them."""
+    limit: ask only the first so many questions.
+    Returns the accuracy in percent, {column: {question type: percent}}, the rows, and the replies
+    after stage 2.
+    """
     rows = read_json(data / "test.json")
     files = sorted({row["image"] for row in rows})
-    other = dict(zip(files, files[1:] + files[:1]))
+    next_file = dict(zip(files, files[1:] + files[:1]))
     rows = rows[:limit]
-    wrong = [{**row, "image": other[row["image"]]} for row in rows]
-    said = {}
-    for stage, columns in (("stage2", {"after stage 2": rows, "wrong picture": wrong}),
-                           ("stage1", {"after stage 1": rows})):
-        if stage == "stage2" or (run / stage).is_dir():
-            model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
-            for name, asked in columns.items():
-                said[name] = answer_toy(model, tokenizer, asked, data / "images", label=name)
-    return {name: accuracy(rows, texts) for name, texts in said.items()}, rows, said["after stage 2"]
+    wrong_rows = [{**row, "image": next_file[row["image"]]} for row in rows]
+    columns = {"stage2": {"after stage 2": rows, "wrong image": wrong_rows},
+               "stage1": {"after stage 1": rows}}
+    predictions = {}
+    for stage, stage_columns in columns.items():
+        if stage == "stage1" and not (run / stage).is_dir():
+            continue
+        model = Llava.from_pretrained(run / stage, device=device)
+        tokenizer = Tokenizer(run / stage)
+        for name, column_rows in stage_columns.items():
+            predictions[name] = answer_rows(
+                model, tokenizer, column_rows, data / "images", label=name)
+    table = {name: accuracy(rows, replies) for name, replies in predictions.items()}
+    return table, rows, predictions["after stage 2"]
 
 
-def gallery(rows, said: list[str], images: Path, across: int = 4, down: int = 2, questions: int = 3) -> Image.Image:
-    """The first pictures of rows of test.json, and under each what the model said: blue if right, red if wrong."""
-    side, margin, line = 192, 24, 17
-    font, height = ImageFont.load_default(13), side + (3 * questions + 1) * line + margin
-    sheet = Image.new("RGB", (across * (side + margin + 40) + margin, down * height + margin), "white")
-    write = ImageDraw.Draw(sheet)
-    for number, file in enumerate(sorted({row["image"] for row in rows})[: across * down]):
-        x, y = margin + number % across * (side + margin + 40), margin + number // across * height
-        sheet.paste(open_image(images / file).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        asked = [(row["conversations"], reply) for row, reply in zip(rows, said) if row["image"] == file]
-        top = y + side + 6
-        for turns, reply in asked[number % 2 :: 2][:questions]:  # not the same types everywhere
-            color = "#1050c0" if same(reply, turns[1]["value"]) else "#d01010"
-            write.text((x, top), turns[0]["value"].replace(IMAGE_TOKEN, "").strip(), "black", font)
-            for said_line in textwrap.wrap(reply, 38)[:3]:
-                top += line - 2
-                write.text((x, top), said_line, color, font)
-            top += line + 2
-    return sheet
-
-
-def write_toy_report(run: Path, data: Path, columns: dict, rows, said: list[str], pictures: int = 24) -> None:
-    """RUN/report.html: the losses of both stages, the table, and what the model said about some of the pictures."""
-    logs = {f"Stage {stage}": read_log(run / f"stage{stage}" / "log.jsonl") for stage in (1, 2)}
-    told = {}
-    for row, reply in zip(rows, said):
-        question, truth = (turn["value"] for turn in row["conversations"])
-        told.setdefault(row["image"], []).append(Exchange(question, reply, truth, same(reply, truth)))
-    cards = [(data / "images" / file, asked) for file, asked in list(told.items())[:pictures]]
-    write_report(run / "report.html", "A toy LLaVA", logs, columns, cards)
+def write_run_report(
+    run: Path, data: Path, columns: dict, rows: list[dict], predictions: list[str]) -> None:
+    """Write RUN/report.html: losses of both stages, accuracy, and images with replies."""
+    curves = {f"Stage {stage}": read_log(run / f"stage{stage}" / "log.jsonl") for stage in (1, 2)}
+    exchanges = defaultdict(list)
+    for row, reply in zip(rows, predictions):
+        question, answer = (turn["value"] for turn in row["conversations"])
+        exchange = Exchange(question, reply, answer, is_correct(reply, answer))
+        exchanges[row["image"]].append(exchange)
+    cards = [(data / "images" / file, asked) for file, asked in list(exchanges.items())[:CARDS]]
+    write_report(run / "report.html", "A toy LLaVA", curves, columns, cards)

@@ -1,90 +1,113 @@
 import random
+import zlib
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 
-from nanollava.toy import questions, scene
 from nanollava.toy.clip import (
     Clip,
-    clip_scenes,
-    contrast,
+    change_one_attribute,
+    contrastive_loss,
+    draw_batch,
+    draw_scenes,
     load_clip,
-    nearly,
-    on_patches,
-    some_patches,
+    sample_patches,
+    save_clip,
+    things_on_patches,
 )
-from nanollava.toy.scene import Thing
+from nanollava.toy.questions import caption
+from nanollava.toy.scene import Thing, is_validation_scene, random_boxes, random_scenes
 
 CAT, FISH = Thing(0, "cat", "red", "big"), Thing(5, "fish", "blue", "small")
-PLACED = [(0, 0, 28, 20), (66, 34, 20, 20)]
+BOXES = [(0, 0, 28, 20), (66, 34, 20, 20)]
 
 
-def test_nearly_the_same_scene_differs_in_one_word():
+def test_changed_scene_differs_in_one_attribute_of_one_thing():
     rng = random.Random(0)
-    for things in islice(scene.scenes(random.Random(1)), 200):
-        other = nearly(things, rng)
-        assert len(set(things) ^ set(other)) == 2
-        (old,), (new,) = set(things) - set(other), set(other) - set(things)
+    for things in islice(random_scenes(random.Random(1)), 200):
+        changed = change_one_attribute(things, rng)
+        (old,), (new,) = set(things) - set(changed), set(changed) - set(things)
         assert sum(vars(old)[key] != vars(new)[key] for key in vars(old)) == 1
+        assert len({thing.cell for thing in changed}) == len(things)
 
 
-def test_hard_batches_hold_no_scene_that_testing_may_use():
-    scenes = clip_scenes(random.Random(0), 64)
-    assert len(scenes) == 64 and not any(map(scene.is_held_out, scenes))
+def test_training_draws_no_validation_scene():
+    scenes = draw_scenes(random.Random(0), 64)
+    assert len(scenes) == 64
+    assert not any(map(is_validation_scene, scenes))
 
 
-def test_a_thing_is_on_the_patches_of_which_it_covers_a_third():
-    shown = on_patches((CAT, FISH), PLACED)
-    assert len(shown) == 36
-    assert shown[0] == shown[1] == CAT  # it covers 12 of the second patch's 16 columns
-    assert shown[6] is None  # and only 4 rows of the patch below
-    assert shown[6 * 2 + 4] == FISH
-    assert shown[35] is None
+def test_batches_are_those_of_the_shipped_weights():
+    """A batch depends on seed and step alone, and on the order of all random draws."""
+    batches = [draw_batch(0, step, batch_size=4) for step in (0, 280)]
+    checksums = [zlib.crc32(repr([scenes, patches, style]).encode())
+                 for _, scenes, patches, style in batches]
+    assert checksums == [2572081606, 231200749]
 
 
-def test_every_thing_and_the_ground_have_a_patch_that_speaks_for_them():
+def test_thing_is_on_patches_of_which_it_covers_a_third():
+    on_patches = things_on_patches((CAT, FISH), BOXES)
+    assert len(on_patches) == 36
+    assert on_patches[0] == on_patches[1] == CAT  # it covers 12 of the second patch's 16 columns
+    assert on_patches[6] is None  # it covers 4 rows of the patch below
+    assert on_patches[6 * 2 + 4] == FISH
+    assert on_patches[35] is None
+
+
+def test_each_thing_and_the_background_have_a_sampled_patch():
     rng = random.Random(0)
-    for things in islice(scene.scenes(random.Random(1)), 200):
-        placed = scene.boxes(things, rng)
-        shown, chosen = on_patches(things, placed), some_patches(things, placed, rng)
-        assert [scene for _, scene in chosen] == [*((thing,) for thing in things), ()]
-        assert [shown[patch] for patch, _ in chosen] == [*things, None]
+    for things in islice(random_scenes(random.Random(1)), 200):
+        boxes = random_boxes(things, rng)
+        on_patches, sampled = things_on_patches(things, boxes), sample_patches(things, boxes, rng)
+        assert [on_patch for _, on_patch in sampled] == [*((thing,) for thing in things), ()]
+        assert [on_patches[number] for number, _ in sampled] == [*things, None]
 
 
-def test_the_contrast_is_least_where_each_vector_is_nearest_to_its_own_words(tokenizer):
+def test_contrastive_loss_is_least_for_the_embeddings_of_the_captions(tokenizer):
     clip = Clip(tokenizer)
-    scenes = [(CAT,), (FISH,), (CAT,), ()]  # the first and the third show the same: either may be taken for the other
+    scenes = [(CAT,), (FISH,), (CAT,), ()]  # the first and the third are equal and interchangeable
     with torch.no_grad():
         clip.logit_scale.fill_(5.0)
-        right = clip.read([questions.caption(scene, 1) for scene in scenes])
-        best = contrast(clip, right, scenes, style=1)
-        assert best < contrast(clip, right[[0, 1, 3, 2]], scenes, style=1)
-        torch.testing.assert_close(best, contrast(clip, right[[2, 1, 0, 3]], scenes, style=1))
+        embeds = clip.encode_text([caption(things, 1) for things in scenes])
+        loss = contrastive_loss(clip, embeds, scenes, style=1)
+        assert loss < contrastive_loss(clip, embeds[[0, 1, 3, 2]], scenes, style=1)
+        swapped = contrastive_loss(clip, embeds[[2, 1, 0, 3]], scenes, style=1)
+        torch.testing.assert_close(loss, swapped)
 
 
-def test_one_contrast_is_cross_entropy_both_ways(tokenizer):
+def test_contrastive_loss_is_cross_entropy_in_both_directions(tokenizer):
     clip = Clip(tokenizer)
-    scenes, seen = [(CAT,), (FISH,), (CAT, FISH)], torch.nn.functional.normalize(torch.randn(3, 128), dim=-1)
-    logits = clip.logit_scale.exp() * seen @ clip.read([questions.caption(scene, 0) for scene in scenes]).T
-    one, other = (-logits.log_softmax(dim=dim).diagonal().mean() for dim in (0, 1))
-    torch.testing.assert_close(contrast(clip, seen, scenes, style=0), (one + other) / 2)
+    scenes, embeds = [(CAT,), (FISH,), (CAT, FISH)], F.normalize(torch.randn(3, 128), dim=-1)
+    captions = clip.encode_text([caption(things, 0) for things in scenes])
+    logits = clip.logit_scale.exp() * embeds @ captions.T
+    by_image, by_text = (-logits.log_softmax(dim=dim).diagonal().mean() for dim in (1, 0))
+    loss = contrastive_loss(clip, embeds, scenes, style=0)
+    torch.testing.assert_close(loss, (by_image + by_text) / 2)
 
 
-def test_patches_are_compared_where_llava_reads_them(tokenizer):
+def test_patch_embeddings_come_from_the_layer_that_llava_reads(tokenizer):
     clip = Clip(tokenizer)
     images = torch.randn(2, 3, 96, 96)
-    whole, patches = clip.see(images)
-    torch.testing.assert_close(patches, clip.project(clip.vision_model(images, layer=-2)[:, 1:]))
-    torch.testing.assert_close(whole, clip.project(clip.vision_model(images, layer=-1)[:, 0]))
+    image_embeds, patch_embeds = clip.encode_image(images)
+    patches = clip.vision_model(images, feature_layer=-2)[:, 1:]
+    class_token = clip.vision_model(images, feature_layer=-1)[:, 0]
+    torch.testing.assert_close(patch_embeds, clip.project(patches))
+    torch.testing.assert_close(image_embeds, clip.project(class_token))
 
 
-def test_a_clip_comes_back_as_it_was_saved_and_its_eye_opens_alone(tmp_path, tokenizer):
+def test_saved_clip_loads_with_equal_outputs(tmp_path, tokenizer):
     clip = Clip(tokenizer)
-    clip.to(torch.bfloat16).float()  # what bfloat16 cannot hold is not saved
-    clip.save(tmp_path / "clip")
-    again = load_clip(tmp_path / "clip")
+    clip.to(torch.bfloat16).float()  # save_clip rounds to bfloat16
+    save_clip(clip, tmp_path / "clip")
+    loaded = load_clip(tmp_path / "clip")
     images = torch.randn(2, 3, 96, 96)
-    assert torch.equal(again.see(images)[0], clip.see(images)[0])
     captions = ["A cat.", "A big red fish in the middle."]
-    assert torch.equal(again.read(captions), clip.read(captions))
-    torch.testing.assert_close(again.read(captions[:1]), again.read(captions)[:1])  # padding changes nothing
+    assert torch.equal(loaded.encode_image(images)[0], clip.encode_image(images)[0])
+    assert torch.equal(loaded.encode_text(captions), clip.encode_text(captions))
+
+
+def test_padding_does_not_change_the_embedding_of_a_caption(tokenizer):
+    clip = Clip(tokenizer)
+    short, long = "A cat.", "A big red fish in the middle."
+    torch.testing.assert_close(clip.encode_text([short]), clip.encode_text([short, long])[:1])

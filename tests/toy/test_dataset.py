@@ -1,4 +1,5 @@
 import random
+import zlib
 from itertools import islice
 
 import pytest
@@ -11,57 +12,80 @@ from nanollava.teacher.coco import read_coco
 from nanollava.teacher.ledger import Answer, Ledger
 from nanollava.toy import dataset, questions, scene
 
+CHECKSUMS = {  # of a world with 60 training and 10 validation images, seed 0
+    "pretrain.json": 195516982, "instruct.json": 471354087, "test.json": 2947371670,
+    "annotations/captions.json": 3772144563, "annotations/instances.json": 3089421743,
+}
 
-def test_a_caption_tells_the_whole_scene_in_every_style():
-    for things in islice(scene.scenes(random.Random(2)), 200):
-        for style in range(questions.STYLES):
-            assert dataset.read(questions.caption(things, style)) == things
+
+def test_parsing_a_caption_of_any_style_gives_the_scene_back():
+    for things in islice(scene.random_scenes(random.Random(2)), 200):
+        for style in range(questions.CAPTION_STYLES):
+            assert dataset.parse_scene(questions.caption(things, style)) == things
 
 
-def test_the_toy_teacher_sees_only_text_and_its_replies_parse():
+def test_replies_of_the_toy_teacher_parse():
     rng = random.Random(3)
-    for things in islice(scene.scenes(rng), 100):
-        captions = [questions.caption(things, style) for style in range(questions.STYLES)]
+    for things in islice(scene.random_scenes(rng), 100):
+        captions = [questions.caption(things, style) for style in range(questions.CAPTION_STYLES)]
         for kind in INSTRUCTION_KINDS:
-            turns = prompts.parse(kind, dataset.toy_teacher(prompts.messages(kind, captions, [])), rng)
+            reply = dataset.toy_teacher(prompts.messages(kind, captions, []))
+            turns = prompts.parse(kind, reply, rng)
             assert turns[0]["value"].count("<image>") == 1 and len(turns) % 2 == 0
 
 
-def test_a_world_is_coco_and_llava_json_and_the_same_from_the_same_seed(world, tmp_path):
-    for name, seed in (("again", 0), ("other", 1)):
+def test_same_seed_gives_the_same_files(world, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
         dataset.write_world(tmp_path / name, seed, count=60, tests=10)
-    files = ("pretrain.json", "instruct.json", "test.json", "annotations/captions.json", "annotations/instances.json")
-    for file in files:
-        assert (tmp_path / "again" / file).read_bytes() == (world / file).read_bytes()
+    for file in CHECKSUMS:
+        assert (tmp_path / "same" / file).read_bytes() == (world / file).read_bytes()
         assert (tmp_path / "other" / file).read_bytes() != (world / file).read_bytes()
-    captions, instances = (read_json(world / "annotations" / f"{name}.json") for name in ("captions", "instances"))
-    assert len(captions["images"]) == 60 and len(captions["annotations"]) == 60 * questions.STYLES
+
+
+def test_world_is_the_one_of_the_published_results(world):
+    """Other sentences or another order of random draws would make results incomparable."""
+    checksums = {file: zlib.crc32((world / file).read_bytes()) for file in CHECKSUMS}
+    assert checksums == CHECKSUMS
+
+
+def test_annotations_describe_the_images(world):
+    captions = read_json(world / "annotations" / "captions.json")
+    instances = read_json(world / "annotations" / "instances.json")
+    assert len(captions["images"]) == 60
+    assert len(captions["annotations"]) == 60 * questions.CAPTION_STYLES
     for image in captions["images"]:
-        assert open_image(world / "images" / image["file_name"]).size == (image["width"], image["height"])
-        told = [row["caption"] for row in captions["annotations"] if row["image_id"] == image["id"]]
-        boxes = [row for row in instances["annotations"] if row["image_id"] == image["id"]]
-        assert len(boxes) == len(dataset.read(told[0]))
-    test = read_json(world / "test.json")
-    assert {row["type"] for row in test} == set(questions.QUESTIONS)
-    assert all(len(row["conversations"]) == 2 for row in test)
+        size = open_image(world / "images" / image["file_name"]).size
+        assert size == (image["width"], image["height"])
+        rows, boxes = ([row for row in file["annotations"] if row["image_id"] == image["id"]]
+                       for file in (captions, instances))
+        assert len(boxes) == len(dataset.parse_scene(rows[0]["caption"]))
 
 
-def test_the_instructions_are_those_that_a_job_would_buy_from_the_toy_teacher(world, tmp_path):
-    """One path: the toy's captions and boxes, asked about with `prepare_data.py instruct`, are the toy's own data."""
-    pictures, _ = read_coco(world / "annotations" / "captions.json", world / "annotations" / "instances.json")
-    bought = {}
+def test_test_rows_have_one_question_of_each_type(world):
+    rows = read_json(world / "test.json")
+    assert {row["type"] for row in rows} == set(questions.QUESTION_TYPES)
+    assert len({(row["image"], row["type"]) for row in rows}) == len(rows)
+    assert all(len(row["conversations"]) == 2 for row in rows)
+
+
+def test_instruct_rows_equal_those_of_a_data_engine_job(world, tmp_path):
+    """`prepare_data.py instruct` with the toy teacher in place of GPT-4 makes the same rows."""
+    annotations = world / "annotations"
+    images, _ = read_coco(annotations / "captions.json", annotations / "instances.json")
+    from_job = {}
     for kind in INSTRUCTION_KINDS:
         with Ledger(tmp_path / kind) as ledger:
-            job = prompts.job(kind, pictures, ledger, "toy", seed=0)
-            for picture in pictures:
-                job.ask(picture, lambda messages: Answer(dataset.toy_teacher(messages), 0, 0, True), lambda: True)
-            bought |= {row["id"]: row for row in job.result()[0] if row}
-    written = read_json(world / "instruct.json")
-    assert {row["id"].partition("-")[2] for row in written} == set(INSTRUCTION_KINDS)
-    assert written == [bought[row["id"]] for row in written]
+            job = prompts.job(kind, images, ledger, "toy", seed=0)
+            for image in images:
+                job.ask(image, lambda messages: Answer(dataset.toy_teacher(messages), 0, 0, True),
+                        lambda: True)
+            from_job |= {row["id"]: row for row in job.result()[0] if row}
+    rows = read_json(world / "instruct.json")
+    assert {row["id"].partition("-")[2] for row in rows} == set(INSTRUCTION_KINDS)
+    assert rows == [from_job[row["id"]] for row in rows]
 
 
-def test_a_world_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
@@ -71,10 +95,11 @@ def test_a_world_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bench_asks_one_question_of_each_kind_about_pictures_that_no_training_met(tmp_path):
+def test_bench_asks_a_question_of_each_kind_about_validation_scenes(tmp_path):
     dataset.write_bench(tmp_path / "bench", count=20)
-    test = read_json(tmp_path / "bench" / "test.json")
-    assert [row["type"] for row in test] == [*INSTRUCTION_KINDS] * 20
-    for row in test[1::3]:  # the detailed description tells the scene
-        assert scene.is_held_out(dataset.read(row["conversations"][1]["value"].replace(" there is", "")))
+    rows = read_json(tmp_path / "bench" / "test.json")
+    assert [row["type"] for row in rows] == [*INSTRUCTION_KINDS] * 20
+    for row in rows[1::3]:  # the detailed description names all things
+        description = row["conversations"][1]["value"].replace(" there is", "")
+        assert scene.is_validation_scene(dataset.parse_scene(description))
         assert open_image(tmp_path / "bench" / "images" / row["image"]).size == (96, 96)

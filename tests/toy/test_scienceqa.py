@@ -1,4 +1,5 @@
 import random
+import zlib
 from itertools import islice
 
 import pytest
@@ -7,7 +8,7 @@ from nanollava.benchmarks import scienceqa
 from nanollava.image import open_image
 from nanollava.infra.io import InputError
 from nanollava.toy import dataset, scene
-from nanollava.toy.scienceqa import SCENE_PROBLEMS, about_scene, write_problems
+from nanollava.toy.scienceqa import SCENE_PROBLEMS, scene_problem, write_problems
 
 
 @pytest.fixture(scope="module")
@@ -17,49 +18,62 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_it_is_read_like_the_real_one(folder):
+def test_problems_are_read_as_the_real_ones_are(folder):
     for split, count in (("train", 200), ("val", 150), ("test", 150)):
         problems = scienceqa.read_problems(folder, split)
         assert len(problems) == count
-        for number, (_, pictures) in scienceqa.questions_with_images(problems, folder / split).items():
-            assert all(open_image(picture).size == (96, 96) for picture in pictures)
-            assert len(pictures) == bool(problems[number]["image"])
-    assert all(scienceqa.score(problems, {})["counts"].values())  # every category of the paper's table has some
-    assert all(row["conversations"][1]["value"].count("\n") == 2 for row in scienceqa.read_rows(folder, "train"))
+        questions = scienceqa.questions_with_images(problems, folder / split)
+        for number, (_, images) in questions.items():
+            assert len(images) == bool(problems[number]["image"])
+            assert all(open_image(image).size == (96, 96) for image in images)
+        counts = scienceqa.score(problems, {})["counts"]
+        assert all(counts.values())  # every category of the paper's table is present
+    for row in scienceqa.read_rows(folder, "train"):
+        lecture, solution, letter = row["conversations"][1]["value"].split("\n")
+        assert letter.startswith("The answer is ")
 
 
-def test_the_right_option_is_what_the_solution_ends_with():
-    rng, seen = random.Random(0), set()
-    for things in islice(scene.scenes(rng), 500):
-        made = about_scene(things, rng)
-        if made:
-            right = made["choices"][made["answer"]]
-            assert made["solution"].endswith(f" {right}.") and made["choices"].count(right) == 1
-            assert not any(made["solution"].endswith(f" {choice}.") and len(choice) > len(right)
-                           for choice in made["choices"])
-            seen.add(made["lecture"])
-    assert len(seen) == len(SCENE_PROBLEMS)
+def test_problems_are_those_of_the_published_results(folder):
+    assert zlib.crc32((folder / "problems.json").read_bytes()) == 476176148
 
 
-def test_the_letter_tells_nothing(folder):
-    answers = [problem["answer"] for problem in scienceqa.read_problems(folder, "train").values()]
+def test_solution_ends_with_exactly_one_option_the_right_one():
+    rng, lectures = random.Random(0), set()
+    for things in islice(scene.random_scenes(rng), 500):
+        problem = scene_problem(things, rng)
+        if problem:
+            fitting = [number for number, choice in enumerate(problem["choices"])
+                       if problem["solution"].endswith(f" {choice}.")]
+            assert fitting == [problem["answer"]]
+            lectures.add(problem["lecture"])
+    assert len(lectures) == len(SCENE_PROBLEMS)
+
+
+def test_letters_cannot_be_guessed(folder):
+    problems = scienceqa.read_problems(folder, "train").values()
+    answers = [problem["answer"] for problem in problems]
     assert max(map(answers.count, set(answers))) < 0.6 * len(answers)
 
 
-def test_training_and_test_never_meet(folder):
-    """Told scenes are held out as pictures are, and the rest by its words, in whatever order the options stand."""
-    def words(split):
-        return {(problem["question"], *sorted(problem["choices"]))
-                for problem in scienceqa.read_problems(folder, split).values()
+def test_problems_about_words_differ_between_training_and_test(folder):
+    def contents(split):
+        problems = scienceqa.read_problems(folder, split).values()
+        return {(problem["question"], *sorted(problem["choices"])) for problem in problems
                 if not problem["hint"] and not problem["image"]}
 
-    assert not words("train") & words("test")
-    for split in ("train", "val", "test"):
-        told = [problem["hint"] for problem in scienceqa.read_problems(folder, split).values() if problem["hint"]]
-        told = [things for hint in told if len(things := dataset.read(hint)) > 1]
-        assert told and all(scene.is_held_out(things) == (split != "train") for things in told)
+    assert contents("train") and contents("test")
+    assert not contents("train") & contents("test")
 
 
-def test_a_folder_that_is_there_stays(folder):
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_scenes_given_as_text_are_split_as_images_are(folder, split):
+    problems = scienceqa.read_problems(folder, split).values()
+    scenes = [dataset.parse_scene(problem["hint"]) for problem in problems]
+    scenes = [things for things in scenes if len(things) > 1]  # one thing is a problem about words
+    assert scenes
+    assert all(scene.is_validation_scene(things) == (split != "train") for things in scenes)
+
+
+def test_existing_folder_is_not_overwritten(folder):
     with pytest.raises(InputError, match="exists already"):
         write_problems(folder)

@@ -3,56 +3,76 @@ import pytest
 from nanollava.image import open_image, preprocess
 from nanollava.infra.io import read_json
 from nanollava.toy import score
-from nanollava.toy.score import accuracy, answer_toy, gallery, same, toy_table
+from nanollava.toy.score import (
+    accuracy,
+    answer_rows,
+    evaluate_run,
+    is_correct,
+    write_run_report,
+)
 
 
-@pytest.mark.parametrize("reply, right", [
+@pytest.mark.parametrize("reply, expected", [
     ("The cat is red.", True), ("the cat is red", True), ("The cat is red", True),
     ("The cat is blue.", False), ("The cat is red. Yes.", False), ("", False),
 ])
-def test_a_reply_is_right_if_it_is_the_sentence(reply, right):
-    assert same(reply, "The cat is red.") is right
+def test_reply_is_correct_if_it_equals_the_answer(reply, expected):
+    assert is_correct(reply, "The cat is red.") is expected
 
 
-def test_accuracy_counts_by_type_and_over_all():
-    rows = [{"type": kind, "conversations": [{}, {"value": "Yes."}]}
-            for kind in ("kind", "kind", "color", "color", "color")]
-    assert accuracy(rows, ["Yes.", "No.", "Yes.", "Yes.", "Yes."]) == {"kind": 50.0, "color": 100.0, "all": 80.0}
+def test_accuracy_is_by_type_and_over_all():
+    rows = [{"type": name, "conversations": [{}, {"value": "Yes."}]}
+            for name in ("kind", "kind", "color", "color", "color")]
+    predictions = ["Yes.", "No.", "Yes.", "Yes.", "Yes."]
+    assert accuracy(rows, predictions) == {"kind": 50.0, "color": 100.0, "all": 80.0}
 
 
-def test_the_wrong_picture_is_another_one(model, tokenizer, world, tmp_path, monkeypatch):
-    model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
-    shown = {}
-
-    def answer_toy(model, tokenizer, rows, images, label):
-        shown[label] = [row["image"] for row in rows]
-        return [""] * len(rows)
-
-    monkeypatch.setattr(score, "answer_toy", answer_toy)
-    for limit in (1, None):
-        toy_table(tmp_path, world, limit=limit)
-        right, wrong = shown["after stage 2"], shown["wrong picture"]
-        assert len(right) == len(wrong) and all(one != other for one, other in zip(right, wrong))
-    assert set(right) == set(wrong)
-
-
-def test_every_question_gets_the_answer_to_its_own_picture(model, tokenizer, world, monkeypatch):
-    """In batches, sorted by type, every picture looked at once: and yet each reply stands in its row's place."""
-    def replies(model, tokenizer, conversations, pictures):
-        return [f"{turns[0]['value']} {picture.sum():.4f}" for turns, picture in zip(conversations, pictures)]
+def test_replies_are_in_the_order_of_the_rows(model, tokenizer, world, monkeypatch):
+    """Although rows are answered in batches sorted by type, each with the features of its image."""
+    def generate_replies(model, tokenizer, conversations, image_features):
+        return [f"{turns[0]['value']} {features.sum():.4f}"
+                for turns, features in zip(conversations, image_features)]
 
     rows = read_json(world / "test.json")
-    monkeypatch.setattr(score, "replies", replies)
-    said = answer_toy(model, tokenizer, rows, world / "images", batch_size=7)
-    for row, text in zip(rows[::5], said[::5]):
-        picture = preprocess(open_image(world / "images" / row["image"]), 32)[None]
-        assert text == f"{row['conversations'][0]['value']} {model.see(picture).sum():.4f}"
+    monkeypatch.setattr(score, "generate_replies", generate_replies)
+    replies = answer_rows(model, tokenizer, rows, world / "images", batch_size=7)
+    for row, reply in zip(rows[::5], replies[::5]):
+        pixels = preprocess(open_image(world / "images" / row["image"]), 32)[None]
+        features = model.encode_images(pixels)
+        assert reply == f"{row['conversations'][0]['value']} {features.sum():.4f}"
 
 
-def test_the_toy_table_has_a_column_for_each_control(model, tokenizer, world, tmp_path):
+@pytest.mark.parametrize("limit", [1, None])
+def test_wrong_image_is_never_the_right_one(
+        model, tokenizer, world, tmp_path, monkeypatch, limit):
+    model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
+    images = {}
+
+    def answer_rows(model, tokenizer, rows, folder, label):
+        images[label] = [row["image"] for row in rows]
+        return [""] * len(rows)
+
+    monkeypatch.setattr(score, "answer_rows", answer_rows)
+    evaluate_run(tmp_path, world, limit=limit)
+    right, wrong = images["after stage 2"], images["wrong image"]
+    assert len(right) == len(wrong)
+    assert all(one != other for one, other in zip(right, wrong))
+    if limit is None:
+        assert set(right) == set(wrong)
+
+
+def test_run_is_evaluated_with_both_controls_and_reported(model, tokenizer, world, tmp_path):
     for stage in ("stage1", "stage2"):
         model.save_pretrained(tmp_path / stage, [tokenizer.path])
-    columns, rows, said = toy_table(tmp_path, world, limit=16)
-    assert list(columns) == ["after stage 2", "wrong picture", "after stage 1"]
-    assert len(rows) == len(said) == 16
-    assert gallery(rows, said, world / "images", across=2, down=1).width > 400
+    columns, rows, predictions = evaluate_run(tmp_path, world, limit=16)
+    assert list(columns) == ["after stage 2", "wrong image", "after stage 1"]
+    assert len(rows) == len(predictions) == 16
+    write_run_report(tmp_path, world, columns, rows, predictions)
+    page = (tmp_path / "report.html").read_text()
+    assert "wrong image" in page and "data:image/png" in page
+
+
+def test_run_without_stage1_is_evaluated(model, tokenizer, world, tmp_path):
+    model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
+    columns, _, _ = evaluate_run(tmp_path, world, limit=1)
+    assert list(columns) == ["after stage 2", "wrong image"]
