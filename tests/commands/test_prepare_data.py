@@ -171,13 +171,12 @@ def test_instruct_writes_paid_answers_when_the_run_fails(command, instruct, serv
     assert len(read_json(tmp_path / "out.json")) == 6
 
 
-def test_instruct_keeps_one_kind_and_model_per_file(command, instruct, coco, tmp_path):
+def test_instruct_keeps_one_kind_and_model_per_file(command, error_of, instruct, coco, tmp_path):
     arguments = *instruct, "--limit", 3
     assert command(*arguments)[0] == 0
     before = (tmp_path / "out.json").read_bytes()
     for change in (["--kind", "reasoning", "--instances", coco[1]], ["--model", "other"]):
-        code, _, error = command(*arguments, *change)
-        assert code == 2 and "another kind or model" in error
+        assert "another kind or model" in error_of(*arguments, *change)
     assert (tmp_path / "out.json").read_bytes() == before
 
 

@@ -142,10 +142,12 @@ def test_options_that_a_model_rejects_are_changed(chat, server):
     assert "max_tokens" not in server.requests[-1]
 
 
-def test_options_rejected_for_two_requests_in_flight_fail_neither(chat):
+@pytest.mark.parametrize("problems", [
+    ("use max_completion_tokens", "no temperature"), ("no temperature", "use max_completion_tokens")])
+def test_options_rejected_for_two_requests_in_flight_fail_neither(chat, problems):
     """The second rejection arrives when the first has already changed the options."""
     sent = chat.options
-    for problem in ("use max_completion_tokens", "no temperature"):
+    for problem in problems:
         assert chat.adapt_options(problem, sent) and chat.adapt_options(problem, sent)
     assert chat.options == {"max_completion_tokens": 2048}
     assert not chat.adapt_options("no temperature", chat.options)
@@ -160,6 +162,14 @@ def test_unreachable_server_is_reported_soon(monkeypatch):
         chat(MESSAGES)
     assert len(delays) == FIRST_ATTEMPTS - 1
     assert "secret-in-address" not in str(caught.value) and "password" not in str(caught.value)
+
+
+def test_server_that_goes_away_is_waited_for(chat):
+    chat(MESSAGES)
+    chat.url = "http://127.0.0.1:9/v1/chat/completions"
+    with pytest.raises(RequestError, match="ConnectionError"):
+        chat(MESSAGES)
+    assert len(chat.delays) == ATTEMPTS - 1
 
 
 # ---------------------------------------------------------------------------------------------
