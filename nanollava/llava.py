@@ -78,6 +78,13 @@ class LlavaConfig:
             raise InputError(
                 f"projector {self.projector!r} is unknown, only {', '.join(PROJECTORS)} are known")
 
+    @classmethod
+    def from_json(cls, raw: dict) -> "LlavaConfig":
+        """From the content of a config.json."""
+        fields = hf_config.llava_config(raw)
+        vision, text = VisionConfig(**fields["vision"]), LlamaConfig(**fields["text"])
+        return cls(**fields | {"vision": vision, "text": text})
+
     @property
     def image_size(self) -> int:
         return self.vision.image_size
@@ -222,12 +229,10 @@ class Llava(nn.Module):
 
         dtype None keeps the dtype of the files. Raises InputError, naming the folder.
         """
-        fields = hf_config.read_config(folder, hf_config.llava_config)
-        parts = {"vision": VisionConfig(**fields["vision"]), "text": LlamaConfig(**fields["text"])}
-        config = LlavaConfig(**fields | parts)
+        config = hf_config.read_config(folder, LlavaConfig.from_json)
         with torch.device("meta"):  # shapes without memory; the file's tensors take their places
             model = cls(config)
-        hf_format.load_llava(model, folder, fields, dtype, device)
+        hf_format.load_llava(model, folder, dtype, device)
         return model
 
     @classmethod

@@ -27,10 +27,10 @@ LLAVA_VISION = dict(
 PROJECTOR_OF_ACT = {"linear": "linear", "gelu": "mlp2x_gelu"}  # keys: projector_hidden_act
 
 
-def read_config(folder: str | Path, parse) -> dict:
-    """The config.json of a folder; `parse` is `vision_config`, `text_config` or `llava_config`.
+def read_config(folder: str | Path, parse):
+    """parse(content) of a folder's config.json; `vision_config`, for example, can be `parse`.
 
-    Raises InputError if it is missing or asks for something that is not supported.
+    Raises InputError if the file is missing, or with its name the InputError of `parse`.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -121,12 +121,12 @@ def load_llama(module, folder, dtype, device) -> None:
     load_strict(module, tensors, folder, dtype, device)
 
 
-def load_llava(module, folder, config: dict, dtype, device) -> None:
-    """A LLaVA folder, ours or a public one, into a Llava; `config` comes from `llava_config`."""
-    tensors = read_tensors(folder, llava_name)
-    if config["projector"] == "linear":
+def load_llava(module, folder, dtype, device) -> None:
+    """A LLaVA folder, ours or a public one, into a Llava."""
+    tensors, config = read_tensors(folder, llava_name), module.config
+    if config.projector == "linear":
         drop_identity(tensors, folder)
-    drop_image_row(tensors, config["text"]["vocab_size"], config["image_token_id"])
+    drop_image_row(tensors, config.text.vocab_size, config.image_token_id)
     drop_tied_head(module, tensors)
     load_strict(module, tensors, folder, dtype, device)
 

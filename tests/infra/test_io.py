@@ -8,8 +8,10 @@ from nanollava.infra.io import (
     atomic_write,
     lock_file,
     read_json,
+    read_json_item,
     read_json_list,
     read_jsonl,
+    scan_json_list,
     write_json,
 )
 
@@ -64,6 +66,18 @@ def test_list_items_are_read_one_by_one(tmp_path):
     assert [next(reader), next(reader)] == [1, 2]
     with pytest.raises(InputError, match="a.json is not JSON"):
         next(reader)
+
+
+def test_list_items_are_found_again_by_their_place_in_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    items = [{"a": "ü\u2028"}, "日本", 3]
+    path.write_text("\ufeff" + json.dumps(items, ensure_ascii=False), "utf-8")
+    scanned = list(scan_json_list(path))
+    assert [item for item, _, _ in scanned] == items
+    assert [read_json_item(path, start, end) for _, start, end in scanned] == items
+    path.write_text("[]")
+    with pytest.raises(InputError, match="a.json has changed since it was opened"):
+        read_json_item(path, *scanned[0][1:])
 
 
 @pytest.mark.parametrize("line, message", [

@@ -102,7 +102,7 @@ def test_new_projector_type_is_saved_and_opened(tmp_path, monkeypatch, config):
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again.encode_images(images), model.encode_images(images))
     monkeypatch.delitem(llava.PROJECTORS, "deep")
-    with pytest.raises(InputError, match="'deep'.*linear, mlp2x_gelu"):
+    with pytest.raises(InputError, match="config.json: projector 'deep' .*linear, mlp2x_gelu"):
         Llava.from_pretrained(tmp_path / "run")
 
 
