@@ -36,7 +36,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 # A flag that has no effect is refused. {flag: the flags of which it needs one}
 NEEDS = {"--row": ("--data",)}
-# {(flag, other): why the flag has no effect beside the other}
+# {(flag, other): why the flag has no effect together with the other}
 CONFLICTS = {("--instances", "--kind conversation"): "conversations are made from captions alone"}
 for _flag in ("--base-url", "--workers", "--max-tokens", "--timeout", "--seed"):
     CONFLICTS[_flag, "--dry-run"] = "a dry run sends no request"
@@ -157,7 +157,7 @@ def add_instruct_command(commands) -> None:
     add("--kind", choices=INSTRUCTION_KINDS, default="conversation",
         help="what to write (default: %(default)s)")
     add("--out", type=Path, required=True,
-        help="LLaVA JSON to write; FILE.ledger.jsonl beside it keeps every answer")
+        help="LLaVA JSON to write; FILE.ledger.jsonl next to it keeps every answer")
     add("--base-url", default=OPENAI, help="a server with /chat/completions (default: OpenAI's)")
     add("--model", default="gpt-4", help="name of the language model (default: %(default)s)")
     add("--workers", type=positive(int), default=8, help="parallel requests (default: %(default)s)")
@@ -181,7 +181,7 @@ def ask_teacher(arguments) -> None:
         raise InputError(f"--out {out} is a folder: name a file in it")
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
-        raise InputError(f"{out} exists without {path.name} beside it: choose another --out")
+        raise InputError(f"{out} exists without {path.name} next to it: choose another --out")
     ledger = Ledger(path)
     job = prompts.job(arguments.kind, images, ledger, arguments.model, arguments.seed)
     if arguments.dry_run:
@@ -287,7 +287,7 @@ def convert_scienceqa(arguments) -> None:
 
 
 def add_stats_command(commands) -> None:
-    command = add_command(commands, "stats", "Count what a LLaVA JSON holds, find unusable rows.")
+    command = add_command(commands, "stats", "Count what a LLaVA JSON file holds, and name its unusable rows.")
     command.set_defaults(run=print_stats)
     command.add_argument("data", type=Path, metavar="FILE")
 

@@ -87,7 +87,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (image file, caption) from a file in one of four formats.
 
     COCO's captions_*.json, a .json list or .jsonl lines of {"image": ..., "caption": ...}, or lines
-    of image TAB caption. Lines are read one at a time, a .json file as a whole.
+    of image TAB caption. A .json file is read into memory, others line by line.
     Raises InputError, naming the row, for anything else.
     """
     if path.suffix == ".json":

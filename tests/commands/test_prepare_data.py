@@ -58,7 +58,7 @@ def parse(monkeypatch, name, *flags):
 
 
 def is_refused(name, *flags):
-    """What the program should do, said in another way than its own table does."""
+    """The expected behaviour, written independently of the program's own table."""
     if name == "show":
         return "--row" in flags and "--data" not in flags
     if name == "instruct" and "--dry-run" in flags:

@@ -143,7 +143,8 @@ def test_options_that_a_model_rejects_are_changed(chat, server):
 
 
 @pytest.mark.parametrize("problems", [
-    ("use max_completion_tokens", "no temperature"), ("no temperature", "use max_completion_tokens")])
+    ("use max_completion_tokens", "no temperature"),
+    ("no temperature", "use max_completion_tokens")])
 def test_options_rejected_for_two_requests_in_flight_fail_neither(chat, problems):
     """The second rejection arrives when the first has already changed the options."""
     sent = chat.options
