@@ -287,7 +287,8 @@ def convert_scienceqa(arguments) -> None:
 
 
 def add_stats_command(commands) -> None:
-    command = add_command(commands, "stats", "Count what a LLaVA JSON file holds, and name its unusable rows.")
+    command = add_command(commands, "stats",
+                          "Count what a LLaVA JSON file holds, and name its unusable rows.")
     command.set_defaults(run=print_stats)
     command.add_argument("data", type=Path, metavar="FILE")
 
