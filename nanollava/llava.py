@@ -32,8 +32,6 @@ from .weights import hf_config, hf_format
 class LinearProjector(nn.Module):
     """The paper's projector: one linear layer, W of equation 1."""
 
-    hidden_act = "linear"  # the public layout's word for this type; None where it has none
-
     def __init__(self, vision: VisionConfig, hidden_size: int):
         super().__init__()
         self.linear_1 = Linear(vision.hidden_size, hidden_size)
@@ -48,8 +46,6 @@ class LinearProjector(nn.Module):
 
 class MLPProjector(LinearProjector):
     """LLaVA-1.5's projector: two linear layers with GELU between them."""
-
-    hidden_act = "gelu"
 
     def __init__(self, vision: VisionConfig, hidden_size: int):
         super().__init__(vision, hidden_size)
@@ -265,9 +261,7 @@ class Llava(nn.Module):
                 tensors[name] = tensor.to("cpu", dtype)
 
         def write() -> None:
-            hidden_act = PROJECTORS[self.config.projector].hidden_act
-            merged = merge_lora(tensors)
-            hf_format.save_llava(folder, asdict(self.config), hidden_act, merged, files)
+            hf_format.save_llava(folder, asdict(self.config), merge_lora(tensors), files)
 
         distributed.on_rank0(write)
 

@@ -25,6 +25,7 @@ LLAVA_VISION = dict(
     num_attention_heads=16,
 )  # ViT-L/14-336, for a LLaVA whose config.json has no vision_config
 PROJECTOR_OF_ACT = {"linear": "linear", "gelu": "mlp2x_gelu"}  # keys: projector_hidden_act
+ACT_OF_PROJECTOR = {projector: act for act, projector in PROJECTOR_OF_ACT.items()}
 
 
 def read_config(folder: str | Path, parse):
@@ -172,12 +173,12 @@ def clip_json(vision: dict) -> dict:
             "hidden_act": "quick_gelu", **vision}
 
 
-def llava_json(config: dict, hidden_act: str | None) -> dict:
+def llava_json(config: dict) -> dict:
     """The config.json of `asdict(LlavaConfig)`, as LlavaForConditionalGeneration reads it.
 
-    The public layout names a projector by its activation, `hidden_act`, and knows two. For another
-    one (`hidden_act` None) the model_type is "nanollava", so that other software refuses the folder
-    instead of computing something else, and the section nanollava has the projector's name.
+    The public layout names a projector by its activation, and knows two. For another one the
+    model_type is "nanollava", so that other software refuses the folder instead of computing
+    something else, and the section nanollava has the projector's name.
     """
     vision, text = config["vision"], config["text"]
     rows = max(text["vocab_size"], config["image_token_id"] + 1)  # see hf_format.add_image_row
@@ -186,7 +187,7 @@ def llava_json(config: dict, hidden_act: str | None) -> dict:
         "model_type": "llava",
         "image_token_index": config["image_token_id"],
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
-        "projector_hidden_act": hidden_act,
+        "projector_hidden_act": ACT_OF_PROJECTOR.get(config["projector"]),
         "vision_feature_layer": config["feature_layer"],
         "vision_feature_select_strategy": "default",
         "vision_config": clip_json(vision),
@@ -194,7 +195,7 @@ def llava_json(config: dict, hidden_act: str | None) -> dict:
         "nanollava": {"template": config["template"], "stage": config["stage"],
                       "vocab_size": text["vocab_size"]},  # what the public layout has no place for
     }
-    if PROJECTOR_OF_ACT.get(hidden_act) != config["projector"]:  # would not open as the same type
+    if config["projector"] not in ACT_OF_PROJECTOR:
         raw |= {"architectures": ["NanoLlava"], "model_type": "nanollava"}
         raw["nanollava"]["projector"] = config["projector"]
         del raw["projector_hidden_act"], raw["image_seq_length"]

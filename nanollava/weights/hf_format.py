@@ -142,15 +142,14 @@ def drop_tied_head(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) ->
 
 
 def save_llava(
-    folder: str | Path, config: dict, hidden_act: str | None, tensors: dict[str, torch.Tensor],
-    files=(),
+    folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], files=(),
 ) -> None:
-    """Write a LLaVA. `config` is `asdict(LlavaConfig)`, `hidden_act` as in `llava_json`."""
+    """Write a LLaVA. `config` is `asdict(LlavaConfig)`."""
     tensors = {public_llava_name(name): tensor for name, tensor in tensors.items()}
     if config["projector"] == "linear":
         add_identity(tensors)
     add_image_row(tensors, config["image_token_id"])
-    save_folder(folder, llava_json(config, hidden_act), tensors, files)
+    save_folder(folder, llava_json(config), tensors, files)
 
 
 def save_folder(

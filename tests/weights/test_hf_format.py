@@ -82,7 +82,7 @@ def test_killed_save_leaves_no_config(folder, model, monkeypatch):
 
 
 class DeepProjector(llava.MLPProjector):
-    """A type without a public name. It inherits a hidden_act that would open as another type."""
+    """A type without a public name."""
 
     def __init__(self, vision, hidden_size):
         super().__init__(vision, hidden_size)

@@ -14,7 +14,7 @@ from nanollava.infra.io import InputError
 from nanollava.layers import Linear
 from nanollava.llava import PROJECTORS
 
-DOCS = Path(__file__).parents[1] / "docs" / "training.md"
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_new_projector_trains_saves_and_opens(pixel_shuffle, command, world, tmp
     assert model.multi_modal_projector.linear_1.in_features == 4 * 128
     config = json.loads((tmp_path / "stage2" / "config.json").read_text())
     assert config["model_type"] == "nanollava"  # other software must refuse it
-    image = Path(__file__).parents[1] / "cat.jpg"
+    image = Path(__file__).parents[2] / "cat.jpg"
     code, reply, error = command("sample", "--model", tmp_path / "stage2", "--image", image,
                                  "--prompt", "What is it?", "--max-new-tokens", 3)
     assert code == 0, error
