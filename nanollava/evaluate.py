@@ -116,6 +116,7 @@ def evaluate_ablations(arguments) -> None:
     # SIGTERM then ends this process as Ctrl-C does, and with it the processes it started
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = arguments.run.resolve()
+    check_steps(root / "steps.json", arguments.steps)
     ablations.write_data(root)
     tasks = ablations.list_tasks(root, arguments.seeds, arguments.steps)
     ablations.run_tasks(tasks, arguments.jobs)
@@ -123,6 +124,14 @@ def evaluate_ablations(arguments) -> None:
     print(ablations.format_results(results))
     if arguments.out:
         write_json(arguments.out, results, indent=2)
+
+
+def check_steps(path: Path, steps: int) -> None:
+    """Raise InputError if the finished runs of the folder had another number of steps."""
+    if path.exists() and read_json(path) != steps:
+        raise InputError(f"{path.parent} has runs of {read_json(path)} steps: give the same --steps, "
+                         "or choose another --run")
+    write_json(path, steps)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def test_race_measures_steps_tokens_and_memory(folder, monkeypatch):
     results = speed.race({"nanollava": OURS}, folder, torch.float32, "cpu", 2)
     assert list(results) == ["stage 1 step", "stage 2 step", "first token", "next token",
                              "stage 2 memory"]
+    del results["next token"]  # a difference of two times, which may be negative for a tiny model
     assert all(list(values) == ["nanollava"] and values["nanollava"] > 0
                for values in results.values())
 

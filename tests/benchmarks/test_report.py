@@ -50,7 +50,7 @@ def test_loss_curve_falls_with_the_loss_and_marks_validation():
     svg = loss_curve(LOG)
     points = svg.split('class="mean" points="')[1].split('"')[0].split()
     heights = [float(point.split(",")[1]) for point in points]
-    assert len(heights) == 40 and heights == sorted(heights)  # y counts from the top
+    assert len(heights) == 40 and heights == sorted(set(heights))  # y counts from the top
     assert svg.count("<circle") == 1
 
 

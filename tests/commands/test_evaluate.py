@@ -110,6 +110,12 @@ def test_toy_evaluates_a_run_with_controls_and_writes_its_page(command, run_fold
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
+def test_ablations_refuse_other_steps_in_the_same_folder(error_of, tmp_path):
+    (tmp_path / "steps.json").write_text("400")
+    error = error_of("nanollava.evaluate", "ablations", "--run", tmp_path, "--steps", 20)
+    assert f"{tmp_path} has runs of 400 steps" in error
+
+
 def test_report_adds_replies_to_the_page_of_a_run(command, run_folder, world):
     (run_folder / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
     code, out, _ = command("nanollava.evaluate", "report", "--model", "run",
@@ -149,6 +155,8 @@ def test_ensemble_asks_gpt_once_and_combines_its_answers(command, scienceqa, ser
         assert out.splitlines()[-1].split() == ["AVG", "50.0%", "50.0%", "100.0%", "0.0%"]
     # two problems alone, both in dispute; the second run asks nothing
     assert len(server.requests) == 4
+    roles = [message["role"] for message in server.requests[0]["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]  # one solved example, of train
     result = read_json("out.json")
     assert result["accuracy"]["AVG"] == 50 and result["judge"]["accuracy"]["AVG"] == 0
 
