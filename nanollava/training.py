@@ -1,43 +1,122 @@
-"""The training loop that all stages share: schedule, clipping, precision, log (section 4.2 and appendix C).
+"""The training loop of all stages, and what is trained in each (section 4.2 and the appendix).
 
-AdamW without weight decay, 3 % linear warm-up and a cosine to zero are the paper's; that the gradient's norm is clipped
-to 1 is a default of the trainer that its code uses.
+AdamW without weight decay, 3 % linear warm-up and a cosine to zero are the paper's. Clipping the
+gradient to norm 1 is a default of the trainer that the paper's code uses.
 """
 
-import contextlib
 import math
-import signal
-import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from functools import partial
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .conversation import IGNORE_INDEX
 from .infra import distributed
 from .infra.io import InputError
-from .infra.progress import print0
-from .infra.resume import Checkpoints
-from .infra.run_log import Log, asked_to_stop
+from .infra.run_log import Run
 from .lora import add_lora
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of step 0..steps-1: a line up to `peak` over 3 % of them, then a cosine towards 0."""
-    rising = max(1, round(0.03 * steps))
-    if step < rising:
-        return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+class DivergedError(InputError):
+    """The loss or the gradient of a step is not finite."""
+
+    def __init__(self, label: str, step: int, loss: float, grad_norm: float):
+        super().__init__(f"{label}: at step {step} the loss is {loss} and the gradient norm "
+                         f"{grad_norm}; train again with a lower --lr in another --out")
+        self.step = step
 
 
-def adamw(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """The paper's optimizer."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [torch.optim.AdamW(learning, lr, weight_decay=0.0, fused=True)]
+def train(run: Run, model: nn.Module, batches: Iterable, optimizers: list[torch.optim.Optimizer],
+          forward_backward: Callable, validate: Callable | None = None) -> None:
+    """Take one optimizer step for each batch.
+
+    forward_backward(model, batch, device) adds to the gradients, and returns the loss, a scalar
+    tensor, and the number of tokens, both of all ranks. validate(best_loss) returns the loss on
+    validation rows. Raises DivergedError before the weights are changed.
+    """
+    weights = [weight for optimizer in optimizers for group in optimizer.param_groups
+               for weight in group["params"]]
+    device = weights[0].device
+    peak_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    with run:
+        for step, batch in run.enumerate(batches):
+            # 1. the learning rate of this step
+            for optimizer, peak_lr in zip(optimizers, peak_lrs):
+                lr = optimizer.param_groups[0]["lr"] = learning_rate(step, run.num_steps, peak_lr)
+            # 2. forward and backward
+            loss, num_tokens = forward_backward(model, batch, device)
+            # 3. scale the gradient to norm 1 if it is longer
+            grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(weights, 1.0))
+            # 4. read the results, the only GPU sync of a step; a signal to one rank stops all
+            stop = distributed.all_reduce_sum(torch.full_like(loss, run.stop_requested))
+            loss, grad_norm, stop = torch.stack([loss, grad_norm, stop]).tolist()
+            if not math.isfinite(loss + grad_norm):
+                raise DivergedError(run.label, step, loss, grad_norm)
+            # 5. change the weights; a GPU does it while the CPU prepares the next batch
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            # 6. validate, log and save
+            val_loss = validate(run.best_val_loss) if validate and run.is_due(step) else None
+            run.log(step, loss, lr, grad_norm, num_tokens, val_loss)
+            run.save(step, stop > 0)
 
 
-def freeze(model: torch.nn.Module, stage: int, lora_rank: int | None = None) -> None:
-    """Section 4.2: stage 1 trains the projector alone, stage 2 the language model too, or thin matrices beside it."""
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
+    """Of step 0 .. num_steps - 1: a line up to `peak` for 3 % of the steps, then a cosine to 0."""
+    warmup = max(1, round(0.03 * num_steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def forward_backward(model: nn.Module, batch: list, device) -> tuple[torch.Tensor, int]:
+    """Gradients of the mean loss over all target tokens of a step; that loss and the token count.
+
+    A batch is a list of micro-batches (tokens, labels, images), and each rank has its own. The mean
+    of their means would give more weight to a token whose micro-batch has few targets. So losses
+    are summed, and divided once by the number of targets on all ranks.
+    """
+    num_targets = sum(count_targets(labels) for _, labels, _ in batch)
+    # torch.full fills on the device: copying a number to a GPU would wait for it
+    num_targets = distributed.all_reduce_sum(torch.full((), float(num_targets), device=device))
+    step_loss = torch.zeros((), device=device)
+    for tokens, labels, images in batch:
+        loss = model(tokens, images, labels=labels, reduction="sum") / num_targets
+        # fully_shard averages gradients over ranks; scaling by the world size restores the sum
+        (loss * distributed.world_size()).backward()
+        step_loss += loss.detach()
+    num_tokens = distributed.world_size() * sum(tokens.numel() for tokens, _, _ in batch)
+    return distributed.all_reduce_sum(step_loss), num_tokens
+
+
+def count_targets(labels: torch.Tensor) -> int:
+    """The number of predicted tokens in labels (B, T): the first of a row has nothing before it."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable, device) -> float:
+    """The mean loss over all target tokens of the batches, on all ranks."""
+    total = torch.zeros(2, device=device)  # sum of losses, number of targets
+    for batch in batches:
+        for tokens, labels, images in batch:
+            loss = model(tokens, images, labels=labels, reduction="sum")
+            total += torch.stack([loss, torch.full_like(loss, count_targets(labels))])
+    loss_sum, num_targets = distributed.all_reduce_sum(total).tolist()
+    return loss_sum / num_targets
+
+
+# ---------------------------------------------------------------------------------------------
+# What is trained
+
+
+def freeze(model: nn.Module, stage: int, lora_rank: int | None = None) -> None:
+    """Stage 1 trains the projector; stage 2 also the language model, or LoRA matrices in it."""
     model.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
     if stage == 2 and lora_rank:
@@ -46,88 +125,40 @@ def freeze(model: torch.nn.Module, stage: int, lora_rank: int | None = None) -> 
         model.language_model.requires_grad_(True)
 
 
-def count_targets(labels: torch.Tensor) -> int:
-    """How many tokens are predicted: labels (B, T) but for the first, which nothing comes before."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+def adamw(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """The paper's optimizer, for the trainable weights."""
+    trainable = [weight for weight in module.parameters() if weight.requires_grad]
+    return [torch.optim.AdamW(trainable, lr, weight_decay=0.0, fused=True)]
 
 
-def losses(model: torch.nn.Module, batch):
-    """Yield for each micro-batch its mean loss, and how many tokens are learned in it."""
-    for tokens, labels, images in batch:
-        yield model(tokens, images, labels), count_targets(labels)
+# ---------------------------------------------------------------------------------------------
+# Memory for time. Both functions change a Llama from outside: its code does not know about them.
 
 
-def learner(model: torch.nn.Module, device: str) -> Callable:
-    """What `fit` calls for a batch of LLaVA's: gradients of the mean loss over every token that is learned in it.
-
-    A batch is a list of micro-batches here, and more of them in other processes; each of those tokens weighs the
-    same, wherever it is.
-    """
-
-    def learn(batch) -> torch.Tensor:
-        counts = sum(count_targets(labels) for _, labels, _ in batch)
-        count = distributed.all_reduce_sum(torch.full((), float(counts), device=device))  # filled there: a copy would be waited for
-        total = torch.zeros((), device=device)
-        for loss, learned in losses(model, batch):
-            loss = loss * (learned / count)
-            (loss * distributed.world_size()).backward()  # for fully_shard takes the mean over processes, and this is a sum
-            total += loss.detach()
-        return distributed.all_reduce_sum(total)
-
-    return learn
+def apply_gradient_checkpointing(llama: nn.Module) -> None:
+    """Store only the input of each block; the backward pass computes the block a second time."""
+    for block in llama.model.layers:
+        block.forward = partial(recompute, block.forward)
 
 
-@torch.no_grad()
-def mean_loss(model: torch.nn.Module, batches, device: str) -> float:
-    """The mean loss over every token of the batches that would be learned."""
-    total = torch.zeros(2, device=device)  # loss, tokens
-    for batch in batches:
-        for loss, learned in losses(model, batch):
-            total += torch.stack([loss * learned, torch.full_like(loss, learned)])
-    loss, count = distributed.all_reduce_sum(total).tolist()
-    return loss / count
+def recompute_swiglu(llama: nn.Module) -> None:
+    """Store SwiGLU's gate and up; the backward pass computes silu(gate) * up a second time."""
+    for block in llama.model.layers:
+        block.mlp.forward = partial(swiglu, block.mlp)
 
 
-def fit(
-    label: str, learn: Callable, batches: Iterable, steps: int, optimizers: list[torch.optim.Optimizer],
-    log: Path | None = None, tokens_of: Callable = lambda batch: 0, checkpoints: Checkpoints | None = None,
-    start: int = 0, every: int = 0, validate: Callable | None = None, rows_of: Callable = lambda step: "",
-) -> None:
-    """Take an optimizer step for each of the batches, from step `start` on.
+def swiglu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """MLP.forward of llama.py in two steps, the second of which is recomputed."""
+    return recompute(partial(swiglu_product, mlp), mlp.gate_proj(x), mlp.up_proj(x))
 
-    learn(batch) puts the gradients into the parameters and returns the loss. `log` gets one JSON object a step:
-    step, loss, lr, tokens per second, seconds since the first step, and those of this step that went by waiting for
-    its batch. After `every` steps, if not 0, and after the last, the `checkpoints` are saved, and validate(lowest
-    held-out loss so far) returns a loss to be logged. With checkpoints, Ctrl-C and SIGTERM save and end the program.
-    Raises InputError, with rows_of(step), if loss or gradient is not a number any more; that step is not taken.
-    """
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    with Log(label, log, start, steps) as told, asked_to_stop() if checkpoints else contextlib.nullcontext() as asked:
-        for step, batch in zip(range(start, steps), batches):
-            told.got_batch()
-            for optimizer, peak in zip(optimizers, peaks):
-                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-            loss = learn(batch)
-            norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-            stop = distributed.all_reduce_sum(torch.full((), float(bool(asked)), device=loss.device))  # whichever process was asked
-            # the one place where a GPU is waited for; while it takes the optimizer's step, the next batch comes
-            loss, norm, stop = torch.stack([loss, norm, stop]).tolist()
-            if not math.isfinite(loss + norm):
-                raise InputError(f"{label}: at step {step} the loss is {loss}, the length of the gradient {norm}; "
-                                 f"begin anew in another --out, with a lower --lr{rows_of(step)}")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
 
-            due = step + 1 == steps or every and (step + 1) % every == 0
-            held_out = validate(told.best) if validate and due else None
-            told.tell(step, loss, learning_rate(step, steps, peaks[-1]), tokens_of(batch), held_out)
-            if checkpoints and (due or stop):
-                told.sync()
-                checkpoints.save(step + 1)
-                told.last = time.monotonic()  # not a part of the next step
-            if stop:
-                asked[:] = asked or [signal.SIGTERM]
-                print0(f"stopped after {step + 1} of {steps} steps, and saved; --resume goes on from there")
-                raise SystemExit(128 + asked[0])
+def swiglu_product(mlp: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return mlp.down_proj(F.silu(gate) * up)
+
+
+def recompute(function: Callable, *inputs):
+    """function(*inputs). For gradients only the inputs are stored, and backward calls it again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    # the function draws no random numbers, so no random state has to be stored
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,26 +1,31 @@
+"""The training loop, the loss of a step, and what is recomputed in the backward pass."""
+
 import json
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanollava.data import PAD_ROW, Conversations, eval_batches, load_batches
+from nanollava.data import PAD_ROW, Conversations, collate, eval_batches, load_batches
+from nanollava.infra.device import compile_blocks
 from nanollava.infra.io import InputError
-from nanollava.training import fit, learning_rate, mean_loss
+from nanollava.infra.run_log import Run
+from nanollava.training import (
+    DivergedError,
+    apply_gradient_checkpointing,
+    count_targets,
+    forward_backward,
+    freeze,
+    learning_rate,
+    mean_loss,
+    recompute_swiglu,
+    train,
+)
 
 
-def downhill(loss_of):
-    """What `fit` wants: a function that makes gradients and returns the loss."""
-
-    def learn(batch):
-        loss = loss_of(batch)
-        loss.backward()
-        return loss.detach()
-
-    return learn
-
-
-def test_the_rate_rises_for_three_percent_and_falls_to_nothing():
+def test_learning_rate_rises_for_three_percent_of_the_steps_and_falls_to_zero():
     rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(2.0 / 30) and rates[29] == 2.0 and rates[30] == 2.0
     assert rates[515] == pytest.approx(1.0, abs=0.01)
@@ -28,64 +33,215 @@ def test_the_rate_rises_for_three_percent_and_falls_to_nothing():
     assert rates[29:] == sorted(rates[29:], reverse=True)
 
 
-def test_fit_goes_downhill_and_logs_every_step(tmp_path):
+# ---------------------------------------------------------------------------------------------
+# The loop, on a few numbers in place of a model
+
+
+def fit(loss_of, weights, batches, log_path=None, optimizers=None, num_steps=None):
+    """Train with SGD; loss_of(batch) is the loss. Returns the rows of the log."""
+
+    def forward_backward(model, batch, device):
+        loss = loss_of(batch)
+        loss.backward()
+        return loss.detach(), 5
+
+    run = Run("test", num_steps or len(batches), log_path=log_path)
+    optimizers = optimizers or [torch.optim.SGD(weights, lr=1.0)]
+    train(run, None, batches, optimizers, forward_backward)
+    return [json.loads(line) for line in log_path.read_text().splitlines()] if log_path else []
+
+
+def test_loss_falls_and_each_step_is_logged(tmp_path):
     weight = torch.nn.Parameter(torch.randn(3, 3))
-    target = torch.eye(3)
-    fit("test", downhill(lambda _: (weight - target).square().mean()), range(100), 100,
-        [torch.optim.AdamW([weight], 0.1)], tmp_path / "log.jsonl", lambda _: 5)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = fit(lambda _: (weight - torch.eye(3)).square().mean(), [weight], range(100),
+               tmp_path / "log.jsonl", optimizers=[torch.optim.AdamW([weight], 0.1)])
     assert [row["step"] for row in rows] == list(range(100))
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
-    assert set(rows[0]) == {"step", "loss", "lr", "tokens_per_second", "seconds", "waited"}
+    assert set(rows[0]) == {"step", "loss", "lr", "grad_norm", "tokens_per_second", "elapsed",
+                            "data_time"}
 
 
-def test_the_log_says_how_long_each_step_waited_for_its_batch(tmp_path):
+def test_data_time_is_the_wait_for_a_batch(tmp_path):
     def batches():
         for pause in (0.0, 0.1, 0.0):
             time.sleep(pause)
             yield pause
 
     weight = torch.nn.Parameter(torch.ones(1))
-    slow = downhill(lambda pause: time.sleep(0.05) or weight.sum())  # that is work, not waiting
-    fit("test", slow, batches(), 3, [torch.optim.SGD([weight], lr=1.0)], tmp_path / "log.jsonl")
-    waited = [json.loads(line)["waited"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert waited[0] < 0.05 and waited[1] >= 0.1 and waited[2] < 0.05
+    rows = fit(lambda pause: time.sleep(0.05) or weight.sum(), [weight], batches(),
+               tmp_path / "log.jsonl", num_steps=3)  # the sleep of a step itself does not count
+    first, second, third = (row["data_time"] for row in rows)
+    assert first < 0.05 and second >= 0.1 and third < 0.05
+    assert rows[-1]["elapsed"] >= 0.25
 
 
-def test_fit_follows_the_schedule_with_each_of_its_optimizers(tmp_path):
-    one, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizers = [torch.optim.SGD([other], lr=1.0), torch.optim.SGD([one], lr=2.0)]  # the last is told in the log
-    fit("test", downhill(lambda _: 0.6 * one.sum() + 0.8 * other.sum()), range(50), 50, optimizers,
-        tmp_path / "log.jsonl")
-    rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]
-    torch.testing.assert_close(one.item(), -0.6 * sum(rates), rtol=1e-4, atol=0)  # the gradient is 0.6, 0.8 throughout
-    torch.testing.assert_close(other.item(), -0.8 * sum(rates) / 2, rtol=1e-4, atol=0)
+def test_each_optimizer_follows_the_schedule(tmp_path):
+    one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizers = [torch.optim.SGD([two], lr=1.0), torch.optim.SGD([one], lr=2.0)]
+    # the gradient is (0.6, 0.8) in each step: its norm is 1
+    rows = fit(lambda _: 0.6 * one.sum() + 0.8 * two.sum(), None, range(50),
+               tmp_path / "log.jsonl", optimizers=optimizers)
+    rates = [row["lr"] for row in rows]
+    assert rates == [learning_rate(step, 50, 2.0) for step in range(50)]  # of the last optimizer
+    torch.testing.assert_close(one.item(), -0.6 * sum(rates), rtol=1e-4, atol=0)
+    torch.testing.assert_close(two.item(), -0.8 * sum(rates) / 2, rtol=1e-4, atol=0)
 
 
-def test_a_gradient_is_clipped_to_norm_one():
+def test_gradient_is_clipped_to_norm_one_and_its_own_norm_is_logged(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(2))
-    learn = downhill(lambda _: (weight * torch.tensor([300.0, 400.0])).sum())
-    fit("test", learn, [0], 1, [torch.optim.SGD([weight], lr=1.0)])
+    rows = fit(lambda _: (weight * torch.tensor([300.0, 400.0])).sum(), [weight], range(1),
+               tmp_path / "log.jsonl")
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+    assert rows[0]["grad_norm"] == pytest.approx(500)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows():
-    weight = torch.nn.Parameter(torch.ones(1))
-    learn = downhill(lambda batch: weight.sum() * (float("nan") if batch == 2 else 1))
-    with pytest.raises(InputError, match="at step 2 the loss is nan.* another --out, with a lower --lr: row 7"):
-        fit("test", learn, range(5), 5, [torch.optim.SGD([weight], lr=1.0)], rows_of=lambda step: f": row {step + 5}")
+def test_loss_that_is_not_finite_stops_the_run_before_the_weights_change():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(DivergedError, match="at step 2 the loss is nan.*lower --lr") as error:
+        fit(lambda batch: weight.sum() * (float("nan") if batch == 2 else 1), [weight], range(5))
+    assert error.value.step == 2 and isinstance(error.value, InputError)
+    assert weight.isfinite()
 
 
-def test_the_held_out_loss_is_that_of_every_row_in_whatever_batches(model, tokenizer, world):
-    held_out = Conversations([(world / "instruct.json", world / "images")], tokenizer, model.config)
-    held_out.spans, held_out.lengths = held_out.spans[:7], held_out.lengths[:7]
-    rows = eval_batches(held_out.lengths, 7)
-    (whole,) = load_batches(held_out, rows)
+def test_validation_runs_with_each_checkpoint_and_knows_the_best_loss(tmp_path):
+    weight, best, losses = torch.nn.Parameter(torch.zeros(1)), [], iter([3.0, 1.0, 2.0])
+
+    def validate(best_loss):
+        best.append(best_loss)
+        return next(losses)
+
+    def forward_backward(model, batch, device):
+        weight.sum().backward()
+        return weight.detach().sum(), 1
+
+    run = Run("test", 5, log_path=tmp_path / "log.jsonl", save_every=2)
+    train(run, None, range(5), [torch.optim.SGD([weight], lr=1.0)], forward_backward, validate)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert measured == {1: 3.0, 3: 1.0, 4: 2.0}  # every second step and the last
+    assert best == [float("inf"), 3.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The loss of a step
+
+
+@pytest.fixture
+def rows(model, tokenizer, world):
+    """Rows of training data; the answers have different lengths."""
+    dataset = Conversations([(world / "instruct.json", world / "images")], tokenizer, model.config)
+    return [dataset[number] for number in range(6)]
+
+
+def gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss, num_tokens = forward_backward(model, batch, "cpu")
+    return loss, {name: weight.grad for name, weight in model.named_parameters()
+                  if weight.grad is not None}
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [1, 5]])
+def test_micro_batches_have_the_loss_and_gradients_of_the_batch(model, rows, sizes):
+    tokens, labels, images = collate(rows)
+    expected = model(tokens, images, labels=labels)  # the mean over all targets
+    together = gradients(model, [(tokens, labels, images)])
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    micro_batches = [collate(rows[start : start + size]) for start, size in zip(starts, sizes)]
+    torch.testing.assert_close(together[0], expected)
+    assert_equal_gradients(gradients(model, micro_batches), together)
+
+
+def test_number_of_tokens_counts_padding_and_of_targets_not_the_first_label(model, rows):
+    tokens, labels, images = collate(rows)
+    _, num_tokens = forward_backward(model, [(tokens, labels, images)], "cpu")
+    assert num_tokens == tokens.numel()
+    assert count_targets(torch.tensor([[5, -100, 7], [-100, 8, 9]])) == 3
+
+
+def test_validation_loss_does_not_depend_on_batches(model, tokenizer, world):
+    dataset = Conversations([(world / "instruct.json", world / "images")], tokenizer, model.config)
+    dataset.places, dataset.lengths = dataset.places[:7], dataset.lengths[:7]
+    (batch,) = load_batches(dataset, eval_batches(dataset.lengths, 7))
+    (tokens, labels, images), = batch
     with torch.no_grad():
-        expected = model(*(whole[0][part] for part in (0, 2, 1))).item()
-    for size, more in ((2, []), (3, []), (7, [PAD_ROW] * 2)):  # a row that is only there to fill counts for nothing
-        batches = [*eval_batches(held_out.lengths, size)[:-1], eval_batches(held_out.lengths, size)[-1] + more]
-        for micro_batch in (1, None):
-            loss = mean_loss(model, load_batches(held_out, batches, micro_batch), "cpu")
+        expected = model(tokens, images, labels=labels).item()
+    for size, padding in ((2, []), (3, []), (7, [PAD_ROW] * 2)):  # rows without targets
+        batches = eval_batches(dataset.lengths, size)
+        batches[-1] = batches[-1] + padding
+        for micro_batch_size in (1, None):
+            loss = mean_loss(model, load_batches(dataset, batches, micro_batch_size), "cpu")
             assert loss == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Recomputation
+
+
+def stored_bytes(model, batch) -> int:
+    """Bytes that autograd stores for the backward pass, besides the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    stored = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            stored[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, labels, images = batch
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, images, labels=labels)
+    del loss
+    return sum(stored.values())
+
+
+@pytest.mark.parametrize("stage, lora_rank", [(1, None), (2, None), (2, 2)])
+def test_recomputation_changes_memory_but_not_gradients(model, rows, stage, lora_rank):
+    freeze(model, stage, lora_rank)
+    batch = collate(rows)
+    before, expected = stored_bytes(model, batch), gradients(model, [batch])
+    apply_gradient_checkpointing(model.language_model)
+    recompute_swiglu(model.language_model)
+    assert_equal_gradients(gradients(model, [batch]), expected)
+    assert stored_bytes(model, batch) < 0.6 * before
+
+
+def test_recomputation_works_in_compiled_blocks(model, rows, monkeypatch):
+    # inductor takes minutes; this backend traces and partitions the graphs as inductor would
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    batch = collate(rows)
+    expected = gradients(model, [batch])
+    apply_gradient_checkpointing(model.language_model)
+    recompute_swiglu(model.language_model)
+    compile_blocks(SimpleNamespace(blocks=model.language_model.model.layers[:1]))
+    assert_equal_gradients(gradients(model, [batch]), expected)
+
+
+def assert_equal_gradients(found, expected) -> None:
+    (loss, found), (expected_loss, expected) = found, expected
+    torch.testing.assert_close(loss, expected_loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_swiglu_stores_gate_and_up_but_not_their_product(model, rows):
+    freeze(model, 2)
+    batch = collate(rows)
+    before = stored_bytes(model, batch)
+    recompute_swiglu(model.language_model)
+    tokens, config = batch[0], model.config.text
+    product = 4 * tokens.numel() * config.intermediate_size  # bytes of one block, in float32
+    saved = before - stored_bytes(model, batch)
+    # silu(gate) and silu(gate) * up of the first block; of the second only the targets' rows
+    targets = count_targets(batch[1])
+    assert saved == 2 * (product + 4 * targets * config.intermediate_size)
+
+
+def test_without_gradients_nothing_is_recomputed(model, rows, monkeypatch):
+    apply_gradient_checkpointing(model.language_model)
+    recompute_swiglu(model.language_model)
+    monkeypatch.setattr("nanollava.training.checkpoint", None)
+    tokens, labels, images = collate(rows)
+    with torch.no_grad():
+        model(tokens, images, labels=labels)

@@ -1,8 +1,8 @@
-"""One process or many: what torchrun started, and the model cut into shards over its processes.
+"""One process or several: the ranks that torchrun started, and a model sharded over them.
 
-With `torchrun train.py`, every process works on its part of each batch and owns a slice of every weight, gradient
-and optimizer state (FSDP2, `fully_shard`; ZeRO stage 3 in the paper's appendix). With plain `python train.py` there
-is one process, and nothing here does anything.
+With `torchrun train.py`, each rank computes its share of every batch and stores a slice of every
+weight, gradient and optimizer state (FSDP2's `fully_shard`; the paper's appendix names the same
+idea, ZeRO stage 3). With plain `python train.py` there is one rank, and these functions do nothing.
 """
 
 import atexit
@@ -17,13 +17,16 @@ from .io import InputError
 
 
 def init_distributed(device: str) -> str:
-    """Join the processes that torchrun started, if it did; returns this one's device, "cuda:3" where it was "cuda"."""
+    """Join the other ranks, if torchrun started this process. Returns its device: "cuda:3", say.
+
+    Raises InputError if WORLD_SIZE is set by something other than torchrun.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return device
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
-        raise InputError(f"WORLD_SIZE says that there are several processes, but {', '.join(sorted(missing))} is not "
-                         "set: start them with torchrun")
+        raise InputError(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several "
+                         "processes with torchrun")
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -33,10 +36,10 @@ def init_distributed(device: str) -> str:
 
 
 def shutdown() -> None:
-    """End this process if it is one of several and all went well.
+    """End this process successfully, if it is one of several ranks.
 
-    Not in Python's own way: gloo's threads may still hold tensors, and to let go of one while Python takes itself
-    apart aborts the process (PyTorch's pull request 179291).
+    A normal exit can crash: Python frees its objects while gloo's threads still hold tensors
+    (PyTorch pull request 179291). `os._exit` ends the process before that.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -46,67 +49,76 @@ def shutdown() -> None:
 
 
 def rank() -> int:
-    """The number of this process; 0 tells the user things and writes files."""
+    """The number of this process. Rank 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes."""
+    """The sum of the tensor over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_gather_list(items: list) -> list:
-    """What every process has in its list, one after the other."""
+    """The lists of all ranks, joined in the order of the ranks."""
+    if not dist.is_initialized():
+        return items
     lists = [None] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(lists, items)
-        return [item for part in lists for item in part]
-    return items
+    dist.all_gather_object(lists, items)
+    return [item for one_list in lists for item in one_list]
 
 
-def on_rank0(work: Callable[[], object]) -> None:
-    """The first process does it, the others wait. Raises InputError in all of them if it fails."""
-    problem = []
+def on_rank0(function: Callable[[], object]) -> None:
+    """Call a function on rank 0 while the other ranks wait.
+
+    If it fails with InputError or OSError, all ranks raise InputError: none is left waiting.
+    """
+    errors = []
     if rank() == 0:
         try:
-            work()
+            function()
         except (InputError, OSError) as error:
-            problem = [str(error)]
-    for text in all_gather_list(problem):
-        raise InputError(text)
+            errors = [str(error)]
+    for message in all_gather_list(errors):
+        raise InputError(message)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its slices; every process has to ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor, whose class imports slowly
+    """A sharded tensor, gathered from all ranks, which must all call this. Others are returned."""
+    # only a DTensor has this method; importing its class to ask for it is slow
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_model(model: torch.nn.Module, blocks, dtype: torch.dtype, device: str) -> None:
-    """Put a model's weights where they will be trained: what learns in float32, what is frozen in `dtype`.
+    """Move a model to its device: trainable weights in float32, frozen ones in `dtype`.
 
-    Over several processes each of `blocks`, then what is left, becomes a unit: its weights are gathered, in `dtype`,
-    when it is their turn, and its gradients are averaged in float32. Tensors come from memory-mapped files and go
-    block by block, so no process ever holds more than one block of the whole in float32.
+    Over several ranks, each block and then the rest of the model becomes a unit of `fully_shard`.
+    A unit's weights are gathered in `dtype` when the unit runs, and its gradients are averaged over
+    ranks in float32. The weights come from memory-mapped files and are converted unit by unit, so a
+    rank never holds more than one full unit in float32.
     """
-
-    def settle(parameters, device: str) -> None:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else dtype)
-
     if world_size() == 1:
-        return settle(model.parameters(), device)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+        return convert_weights(model.parameters(), dtype, device)
+    # these imports take half a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 
     mesh = dist.init_device_mesh(device.partition(":")[0], (world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*blocks, model):
-        settle([parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)], "cpu")
+        local = [weight for weight in unit.parameters() if not isinstance(weight, DTensor)]
+        convert_weights(local, dtype, "cpu")  # fully_shard moves each rank's slice to its device
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+
+def convert_weights(weights, dtype: torch.dtype, device: str) -> None:
+    """In place: trainable weights to float32, frozen ones to `dtype`."""
+    for weight in weights:
+        weight.data = weight.data.to(device, torch.float32 if weight.requires_grad else dtype)

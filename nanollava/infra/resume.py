@@ -1,10 +1,11 @@
-"""What a training run leaves on the disk every so often, so that nothing is lost when it is stopped.
+"""Checkpoints of a training run, from which `--resume` continues with equal bits.
 
-    runs/stage2/resume/step-500/*.safetensors   the weights that learn, the optimizers' state, the random state
-                               /run.json        what run it was: one with other data or another rate is not mixed up
+    runs/stage2/resume/step-500/*.safetensors   trainable weights, optimizer state, random state
+                               /run.json        the step, and the settings of the run
 
-torch.distributed.checkpoint does the work: every process writes its own slices, and any number of processes reads
-them again. A checkpoint gets its name once it is whole; then the one before it goes.
+torch.distributed.checkpoint writes the tensors: each rank its own slices, which any number of
+ranks can read. A checkpoint is written under a hidden name and renamed when it is complete; then
+the one before it is removed.
 """
 
 import json
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,108 +28,135 @@ from torch.distributed.checkpoint.hf_storage import (
 from . import distributed
 from .io import InputError, read_json, write_json
 
+NAME = re.compile(r"step-\d+|\.step-\d+\.part")  # of a checkpoint, complete or not
+IO_ERRORS = (OSError, SafetensorError, CheckpointException)
+
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`. `module` holds the weights that learn; `run` says what run it is."""
+    """The checkpoints of one run in `folder`.
 
-    def __init__(self, folder: Path, module: torch.nn.Module, optimizers: list[torch.optim.Optimizer], run: dict):
-        self.folder, self.optimizers, self.run = folder, optimizers, run
-        self.parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    module: its trainable weights are saved. settings: JSON values that define the run; a checkpoint
+    with other settings is refused.
+    """
+
+    def __init__(self, folder: Path, module: torch.nn.Module,
+                 optimizers: list[torch.optim.Optimizer], settings: dict):
+        self.folder, self.optimizers, self.settings = folder, optimizers, settings
+        self.weights = {name: weight for name, weight in module.named_parameters()
+                        if weight.requires_grad}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of the run by name."""
-        tensors = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors = {f"weights.{name}": weight.detach() for name, weight in self.weights.items()}
         for number, optimizer in enumerate(self.optimizers):
-            for name, parameter in self.parameters.items():
-                for key, value in optimizer.state.get(parameter, {}).items():
+            for name, weight in self.weights.items():
+                for key, value in optimizer.state.get(weight, {}).items():
                     tensors[f"optimizer.{number}.{key}.{name}"] = value
         return tensors | {"random": torch.get_rng_state()}
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps; all processes must call this. Raises InputError if it cannot."""
-        part, path = self.folder / f".step-{step}.part", self.folder / f"step-{step}"
+        """Write the state after `step` steps. All ranks must call this.
 
-        def begin() -> None:
-            self.remove(".step-*.part")
-            part.mkdir(parents=True)
-
-        def end() -> None:
-            write_json(part / "run.json", {**self.run, "step": step}, indent=2)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(part, path)
-            self.remove("step-*", but=path)
-
+        Raises InputError if it cannot be written; the checkpoint before it then stays.
+        """
+        path, temp = self.folder / f"step-{step}", self.folder / f".step-{step}.part"
         try:
-            distributed.on_rank0(begin)
-            with quiet():
-                dcp.save(self.state(), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
-            distributed.on_rank0(end)
+            distributed.on_rank0(partial(self.begin_save, temp))
+            with ignore_single_process_warning():
+                writer = HuggingFaceStorageWriter(str(temp), save_distributed=True)
+                dcp.save(self.state(), storage_writer=writer)
+            distributed.on_rank0(partial(self.end_save, temp, path, step))
         except IO_ERRORS as error:
             if distributed.rank() == 0:
-                self.remove(".step-*.part")  # a full disk is not left full
-            raise InputError(f"cannot write {path}: {reason(error)}") from error
+                self.remove(".step-*.part")  # do not leave a full disk full
+            raise InputError(f"cannot write {path}: {error_reason(error)}") from error
 
-    def remove(self, pattern: str, but: Path | None = None) -> None:
+    def begin_save(self, temp: Path) -> None:
+        self.remove(".step-*.part")
+        temp.mkdir(parents=True)
+
+    def end_save(self, temp: Path, path: Path, step: int) -> None:
+        write_json(temp / "run.json", {**self.settings, "step": step}, indent=2)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temp, path)
+        self.remove("step-*", keep=path)
+
+    def remove(self, pattern: str, keep: Path | None = None) -> None:
+        """Remove the checkpoints that match, and nothing else that a user may have put here."""
         for path in self.folder.glob(pattern):
-            if STEP.fullmatch(path.name) and path != but:
+            if NAME.fullmatch(path.name) and path != keep:
                 shutil.rmtree(path)
 
     def load(self) -> int:
-        """Put the newest state in its place and return its step, or 0 where there is none.
+        """Load the newest checkpoint and return its step; 0 if there is none.
 
-        Raises InputError if it is another run's, or broken.
+        Raises InputError if it belongs to another run or is damaged.
         """
-        paths = [path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name)]
-        path = max(paths, key=lambda path: int(path.name.removeprefix("step-")), default=None)
-        if path is None:
+        paths = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        if not paths:
             return 0
-        run = read_json(path / "run.json")
-        if not isinstance(run, dict):
-            raise InputError(f"{path / 'run.json'} does not say what run it is of")
-        for key, value in json.loads(json.dumps(self.run)).items():
-            if run.get(key) != value:
-                raise InputError(f"{path} is of another run, with {key.replace('_', ' ')} {run.get(key)}, not {value}: "
-                                 "go on with what it had, or choose another --out")
+        path = max(paths, key=lambda path: int(path.name.removeprefix("step-")))
+        step = self.check_settings(path)
         try:
             reader = HuggingFaceStorageReader(str(path))
-            sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}
-            weights = {f"weights.{name}": parameter.shape for name, parameter in self.parameters.items()}
-            if weights != {name: size for name, size in sizes.items() if name.startswith("weights.")}:
-                raise InputError(f"{path} is of another model: choose another --out")
-            for name, size in sizes.items():
-                if name.startswith("optimizer."):
-                    _, number, key, name = name.split(".", 3)
-                    parameter, optimizer = self.parameters[name], self.optimizers[int(number)]
-                    device = parameter.device if optimizer.defaults.get("fused") else "cpu"  # of AdamW's count of steps
-                    empty = torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size, device=device)
-                    optimizer.state[parameter][key] = empty.detach()
+            self.allocate_optimizer_state(reader, path)
             state = self.state()
-            with quiet():
-                dcp.load(state, storage_reader=reader)
+            with ignore_single_process_warning():
+                dcp.load(state, storage_reader=reader)  # fills the tensors of `state` in place
         except IO_ERRORS as error:
-            raise InputError(f"cannot read {path}: {reason(error)}") from error
+            raise InputError(f"cannot read {path}: {error_reason(error)}") from error
         torch.set_rng_state(state["random"])
-        return run["step"]
+        return step
+
+    def check_settings(self, path: Path) -> int:
+        """The step of a checkpoint. Raises InputError if its settings are not those of this run."""
+        saved = read_json(path / "run.json")
+        if not isinstance(saved, dict) or "step" not in saved:
+            raise InputError(f"{path / 'run.json'} is damaged: choose another --out")
+        for key, value in json.loads(json.dumps(self.settings)).items():
+            if saved.get(key) != value:
+                raise InputError(
+                    f"{path} is of another run, with {key.replace('_', ' ')} {saved.get(key)}, not "
+                    f"{value}: resume with the settings it had, or choose another --out")
+        return saved["step"]
+
+    def allocate_optimizer_state(self, reader: HuggingFaceStorageReader, path: Path) -> None:
+        """Give the optimizers, which have no state yet, tensors for what the checkpoint holds.
+
+        Raises InputError if its weights have other names or shapes than ours.
+        """
+        sizes = {name: entry.size
+                 for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        expected = {f"weights.{name}": weight.shape for name, weight in self.weights.items()}
+        if expected != {name: size for name, size in sizes.items() if name.startswith("weights.")}:
+            raise InputError(f"{path} is of another model: choose another --out")
+        for full_name, size in sizes.items():
+            if not full_name.startswith("optimizer."):
+                continue
+            _, number, key, name = full_name.split(".", 3)
+            weight, optimizer = self.weights[name], self.optimizers[int(number)]
+            if size == weight.shape:
+                empty = torch.zeros_like(weight)  # sharded as the weight is
+            else:  # AdamW's step count, on the CPU unless AdamW is fused
+                device = weight.device if optimizer.defaults.get("fused") else "cpu"
+                empty = torch.zeros(size, device=device)
+            optimizer.state[weight][key] = empty
 
     def clear(self) -> None:
-        """The run is over and its model written: nothing is left to go on from."""
+        """Remove the checkpoints of a finished run, whose model has been written."""
         if distributed.rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-STEP = re.compile(r"step-\d+|\.step-\d+\.part")
-IO_ERRORS = (OSError, SafetensorError, CheckpointException)
-
-
-def reason(error: BaseException) -> str:
-    """In one line what went wrong; a CheckpointException holds a process's own exception with its traceback."""
+def error_reason(error: BaseException) -> str:
+    """In one line, what went wrong. A CheckpointException contains the error of each rank."""
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return getattr(error, "strerror", None) or str(error)
 
 
-class quiet(warnings.catch_warnings):
-    """Without torch's remark that there is but one process."""
+class ignore_single_process_warning(warnings.catch_warnings):
+    """Without torch's warning that torch.distributed is disabled."""
 
     def __enter__(self):
         super().__enter__()

@@ -1,4 +1,4 @@
-"""What a run tells about itself: log.jsonl, the progress line, and how it is stopped."""
+"""A training run: its log.jsonl, progress line and checkpoints, and how a signal stops it."""
 
 import contextlib
 import json
@@ -10,84 +10,118 @@ from pathlib import Path
 
 from . import distributed
 from .io import atomic_write
-from .progress import Progress
+from .progress import Progress, print0
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; `kill`, a cluster that wants its machine back
 
 
-class Log:
-    """What is told of a run: log.jsonl, one object a step, and the progress line. The first process tells."""
+class Run:
+    """Everything that a training loop does besides training.
 
-    def __init__(self, label: str, path: Path | None, start: int, steps: int):
-        rows = read_log(path, start) if path and start else []
-        self.best = min((row["held_out_loss"] for row in rows if "held_out_loss" in row), default=math.inf)
-        self.before = rows[-1]["seconds"] if rows else 0.0  # what the run took before it was stopped
-        self.average = self.lines = None
-        if path:
-            distributed.on_rank0(lambda: self.rewrite(path, rows))
-        if path and distributed.rank() == 0:
-            self.lines = open(path, "a", buffering=1)
-        self.progress = Progress(label, steps, "steps", start)
-        self.begin = self.last = time.monotonic()
-        self.waited = 0.0
+        with Run("stage 1", num_steps, checkpoints, folder / "log.jsonl", save_every=250) as run:
+            for step, batch in run.enumerate(batches):
+                ...
+                run.log(step, loss, lr, grad_norm, num_tokens)
+                run.save(step, run.stop_requested)
 
-    def rewrite(self, path: Path, rows: list[dict]) -> None:
-        """Without what a stopped run did after its last checkpoint."""
-        with atomic_write(path) as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    `checkpoints` is a `resume.Checkpoints`. The run starts after the newest one, at `run.start`.
+    Without checkpoints nothing is saved, and signals end the program as usual.
+    """
+
+    def __init__(self, label: str, num_steps: int, checkpoints=None, log_path: Path | None = None,
+                 save_every: int = 0):
+        self.label, self.num_steps, self.save_every = label, num_steps, save_every
+        self.checkpoints, self.log_path = checkpoints, log_path
+        self.start = checkpoints.load() if checkpoints else 0
+        self.rows = read_log(log_path, self.start) if log_path else []  # logged before this start
+        self.best_val_loss = min((row["val_loss"] for row in self.rows if "val_loss" in row),
+                                 default=math.inf)
+        self.log_file, self.mean_loss, self.signals = None, None, []
 
     def __enter__(self):
+        if self.log_path:
+            distributed.on_rank0(self.open_log)
+        if self.checkpoints:
+            self.old_handlers = {s: signal.signal(s, self.on_signal) for s in SIGNALS}
+        self.progress = Progress(self.label, self.num_steps, "steps", self.start)
+        self.start_time = self.step_end = time.monotonic()
         return self
 
-    def __exit__(self, *error) -> None:
-        self.progress.__exit__(*error)
-        if self.lines:
-            self.lines.close()
+    def __exit__(self, error_type, *_) -> None:
+        self.progress.__exit__()
+        if self.log_file:
+            self.log_file.close()
+        if self.checkpoints:
+            for signum, handler in self.old_handlers.items():
+                signal.signal(signum, handler)
+        if self.signals and error_type is None:  # a signal that came after the last step
+            signal.raise_signal(self.signals[0])
 
-    def got_batch(self) -> None:
-        """From the end of the last step until now it was waited for pictures and tokens."""
-        self.waited = time.monotonic() - self.last
+    def open_log(self) -> None:
+        """Drop the rows of steps that no checkpoint holds, and open the log to append to it."""
+        with atomic_write(self.log_path) as temp:
+            temp.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.log_file = open(self.log_path, "a", buffering=1)  # flush every line
 
-    def tell(self, step: int, loss: float, lr: float, tokens: int, held_out: float | None) -> None:
+    def on_signal(self, signum, frame) -> None:
+        """The first signal stops the run after its step, the second one interrupts the program."""
+        if self.signals:
+            raise KeyboardInterrupt
+        self.signals.append(signum)
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self.signals)
+
+    def enumerate(self, batches):
+        """Yield (step, batch) for the steps that are left, and time the wait for each batch."""
+        for step, batch in zip(range(self.start, self.num_steps), batches):
+            self.data_time = time.monotonic() - self.step_end
+            yield step, batch
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint follows this step: every `save_every` steps, and after the last."""
+        regular = self.save_every > 0 and (step + 1) % self.save_every == 0
+        return regular or step + 1 == self.num_steps
+
+    def log(self, step: int, loss: float, lr: float, grad_norm: float, num_tokens: int,
+            val_loss: float | None = None) -> None:
+        """Append a row to the log and update the progress line. num_tokens: of all ranks."""
         now = time.monotonic()
-        row = {"step": step, "loss": loss, "lr": lr, "tokens_per_second": round(tokens / (now - self.last)),
-               "seconds": round(self.before + now - self.begin, 3), "waited": round(self.waited, 4)}
-        if held_out is not None:
-            row["held_out_loss"], self.best = held_out, min(self.best, held_out)
-        if self.lines:
-            self.lines.write(json.dumps(row) + "\n")
-        self.last, self.average = now, loss if self.average is None else 0.95 * self.average + 0.05 * loss
-        self.progress.update(step + 1, f"loss {self.average:.3f}")
+        elapsed_before = self.rows[-1]["elapsed"] if self.rows else 0.0  # of a run that was resumed
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+               "tokens_per_second": round(num_tokens / (now - self.step_end)),
+               "elapsed": round(elapsed_before + now - self.start_time, 3),
+               "data_time": round(self.data_time, 4)}
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+            self.best_val_loss = min(self.best_val_loss, val_loss)
+        if self.log_file:
+            self.log_file.write(json.dumps(row) + "\n")
+        self.mean_loss = loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * loss
+        self.progress.update(step + 1, f"loss {self.mean_loss:.3f}")
+        self.step_end = now
 
-    def sync(self) -> None:
-        """What was told is on the disk before the checkpoint that follows it."""
-        if self.lines:
-            os.fsync(self.lines.fileno())
+    def save(self, step: int, stop: bool) -> None:
+        """Save a checkpoint if one is due; if the run stops, save one and end the program."""
+        if self.checkpoints and (self.is_due(step) or stop):
+            if self.log_file:
+                os.fsync(self.log_file.fileno())  # a crash must not lose rows that are resumed from
+            self.checkpoints.save(step + 1)
+            self.step_end = time.monotonic()  # saving is not part of the next step
+        if stop:
+            print0(f"stopped after {step + 1} of {self.num_steps} steps; --resume continues there")
+            signum = self.signals[0] if self.signals else signal.SIGTERM  # sent to another rank
+            raise SystemExit(128 + signum)
 
 
-def read_log(path: Path, start: float = math.inf) -> list[dict]:
-    """The rows of the steps before `start`, none where there is no file; a line that a power cut left unreadable is
-    passed over."""
+def read_log(path: Path, end: float = math.inf) -> list[dict]:
+    """The rows of a log.jsonl with a step below `end`; none if there is no file.
+
+    A line that a crash left unreadable is skipped.
+    """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if row["step"] < start]
-
-
-@contextlib.contextmanager
-def asked_to_stop():
-    """Yield a list that is empty until Ctrl-C or SIGTERM comes; a second one ends the program at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:  # it came after the last step had looked
-        signal.raise_signal(asked[0])
+    return [row for row in rows if row["step"] < end]

@@ -1,24 +1,47 @@
-"""What one process can show; tests/test_resume.py trains over several."""
+"""What one process can test; tests/infra/test_resume.py trains on several ranks."""
 
+import pytest
 import torch
 
 from nanollava.infra import distributed
+from nanollava.infra.io import InputError
 
 
-def test_what_learns_is_kept_in_float32_what_is_frozen_in_the_dtype_of_the_arithmetic(model):
+def test_trainable_weights_are_float32_and_frozen_ones_in_the_compute_dtype(model):
     model.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    seen = []
-    model.language_model.model.layers[0].register_forward_hook(lambda block, given, x: seen.append(x.dtype))
-    distributed.shard_model(model.set_compute_dtype(torch.bfloat16), model.language_model.model.layers, torch.bfloat16, "cpu")
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    assert all((dtype == torch.float32) == name.startswith("multi_modal") for name, dtype in dtypes.items())
-    model(torch.arange(5)[None], labels=torch.arange(5)[None]).backward()
-    assert seen == [torch.bfloat16]
+    model.compute_dtype = torch.bfloat16
+    blocks = model.language_model.model.layers
+    outputs = []
+    blocks[0].register_forward_hook(lambda block, inputs, output: outputs.append(output.dtype))
+    distributed.shard_model(model, blocks, torch.bfloat16, "cpu")
+    for name, weight in model.named_parameters():
+        projector = name.startswith("multi_modal_projector")
+        assert weight.dtype == (torch.float32 if projector else torch.bfloat16)
+    tokens = torch.arange(5)[None]
+    model(tokens, labels=tokens).backward()
+    assert outputs == [torch.bfloat16]
     assert model.multi_modal_projector.linear_1.weight.grad.dtype == torch.float32
 
 
-def test_one_process_is_the_first_of_one_and_has_everything():
+def test_one_process_is_rank_0_of_1_and_reduces_nothing():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.init_distributed("cpu") == "cpu" and distributed.all_gather_list([1, 2]) == [1, 2]
+    assert distributed.init_distributed("cpu") == "cpu"
+    assert distributed.all_gather_list([1, 2]) == [1, 2]
     assert distributed.all_reduce_sum(torch.tensor(3.0)) == 3
+    assert distributed.full_tensor(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_world_size_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="RANK.*start several processes with torchrun"):
+        distributed.init_distributed("cpu")
+
+
+def test_on_rank0_reports_errors_of_files_as_input_errors():
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(InputError, match="disk full"):
+        distributed.on_rank0(fail)

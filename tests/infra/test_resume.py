@@ -1,4 +1,4 @@
-"""Training that is cut into processes, stopped in every way, and goes on, on a model of a few thousand weights."""
+"""Training runs that are stopped, killed, resumed and sharded, with a tiny model."""
 
 import json
 import os
@@ -14,188 +14,278 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanollava.infra.io import InputError
+from nanollava.infra.io import InputError, write_json
 from nanollava.infra.resume import Checkpoints
+from nanollava.infra.run_log import Run, read_log
 from nanollava.toy.muon import muon
 from nanollava.training import adamw
-from nanollava.weights import hf_format
+from nanollava.weights import hf_config, hf_format
 
 STEPS = 60
 
 
 @pytest.fixture
 def arguments(model, tokenizer, world, tmp_path):
-    """Stage 2 on 40 conversations, some without a picture, in batches of 8."""
+    """Stage 2 on 40 conversations, some without an image, in batches of 8: 60 steps."""
     model.save_pretrained(tmp_path / "start", [tokenizer.path])
     rows = json.loads((world / "instruct.json").read_text())[:36]
-    rows += [{"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "A cat."}]}] * 4
+    rows += [{"conversations": [{"from": "human", "value": "Hi!"},
+                                {"from": "gpt", "value": "A cat."}]}] * 4
     (tmp_path / "data.json").write_text(json.dumps(rows))
     return ["--stage", "2", "--model", tmp_path / "start", "--data", tmp_path / "data.json",
-            "--images", world / "images", "--batch-size", "8", "--epochs", f"{STEPS / 5}", "--save-every", "10",
-            "--lr", "0.005", "--dtype", "float32", "--device", "cpu"]
+            "--images", world / "images", "--batch-size", "8", "--epochs", f"{STEPS / 5}",
+            "--save-every", "10", "--lr", "0.005", "--dtype", "float32", "--device", "cpu"]
 
 
-def start(*arguments, processes: int = 0):
-    """`python train.py` as a process of its own, or under torchrun as several."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    threads = 1 if processes else torch.get_num_threads()  # sums of more threads differ in the last bit
-    return subprocess.Popen([sys.executable, *torchrun, train.__file__, *map(str, arguments)], text=True,
+def start_train(*arguments, num_processes: int = 0) -> subprocess.Popen:
+    """`python train.py` as a process, or `torchrun train.py` as several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
+    command = [*(torchrun if num_processes else []), train.__file__, *arguments]
+    threads = 1 if num_processes else torch.get_num_threads()  # changes the last bits of sums
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
-def run(monkeypatch, *arguments):
+def run_train(monkeypatch, *arguments) -> None:
     """`python train.py` in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    train.main()
+    train.main(train.parse_arguments())
 
 
-def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def stop_after(process, folder: Path, steps: int, how: signal.Signals) -> int:
-    """Send a signal, to all of its processes, once the log has that many steps; returns the exit code."""
+def stop_after(process: subprocess.Popen, folder: Path, steps: int, signum: signal.Signals) -> int:
+    """Send a signal to all processes when the log has so many rows; return the exit code."""
     path = folder / "log.jsonl"
     while not path.exists() or path.read_text().count("\n") < steps:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    os.killpg(process.pid, how)
+    os.killpg(process.pid, signum)
     return process.wait()
 
 
-def test_however_often_it_is_stopped_a_run_ends_in_the_same_bits(arguments, tmp_path, monkeypatch):
-    whole, broken, shared = tmp_path / "whole", tmp_path / "broken", tmp_path / "shared"
-    run(monkeypatch, *arguments, "--out", whole)
-    assert log(whole)[-1]["loss"] < 0.7 * log(whole)[0]["loss"]
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
-    process = start(*arguments, "--out", broken, "--workers", 1)
-    assert stop_after(process, broken, 5, signal.SIGTERM) == 128 + signal.SIGTERM
-    assert "--resume goes on" in process.stderr.read() and not (broken / "config.json").exists()
-    shutil.copytree(broken, shared)
 
-    process = start(*arguments, "--out", broken, "--resume")
-    assert stop_after(process, broken, 35, signal.SIGKILL) == -signal.SIGKILL
-    run(monkeypatch, *arguments, "--out", broken, "--resume")
-    assert [row["step"] for row in log(broken)] == list(range(STEPS))
-    weights = load_file(whole / "model.safetensors")
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(broken / "model.safetensors").items())
-    assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in whole.iterdir())
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
-    process = start(*arguments, "--out", shared, "--resume", "--micro-batch", "2", processes=2)  # now they are two
+
+def test_stopped_and_killed_run_ends_in_equal_bits(arguments, tmp_path, monkeypatch):
+    full, stopped, sharded = tmp_path / "full", tmp_path / "stopped", tmp_path / "sharded"
+    run_train(monkeypatch, *arguments, "--out", full)
+    log, weights = read_log(full / "log.jsonl"), weights_in(full)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+
+    process = start_train(*arguments, "--out", stopped, "--workers", 1)
+    assert stop_after(process, stopped, 5, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert "--resume continues" in process.stderr.read()
+    assert not (stopped / "config.json").exists()
+    shutil.copytree(stopped, sharded)
+
+    process = start_train(*arguments, "--out", stopped, "--resume")
+    assert stop_after(process, stopped, 35, signal.SIGKILL) == -signal.SIGKILL
+    run_train(monkeypatch, *arguments, "--out", stopped, "--resume")
+    rows = read_log(stopped / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert [row["elapsed"] for row in rows] == sorted(row["elapsed"] for row in rows)
+    for name, tensor in weights_in(stopped).items():
+        assert torch.equal(tensor, weights[name])
+    assert files_in(stopped) == files_in(full)
+
+    # the run of one process continues on two ranks
+    process = start_train(*arguments, "--out", sharded, "--resume", "--micro-batch-size", "2",
+                          num_processes=2)
     assert process.wait() == 0, process.stderr.read()
-    for name, tensor in load_file(shared / "model.safetensors").items():
+    for name, tensor in weights_in(sharded).items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
-def test_four_processes_take_the_same_steps_as_one(arguments, tmp_path, monkeypatch):
-    """With blocks computed twice as for a big model, and a held-out loss that gets worse."""
-    rows = [{"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "JQ ZX @# 97 WV" * number}]}
-            for number in range(1, 8)]  # seven rows are no whole number for each of four processes
+def test_four_ranks_take_the_same_steps_as_one(arguments, tmp_path, monkeypatch):
+    """With gradient checkpointing, and with a validation loss that rises."""
+    rows = [{"conversations": [{"from": "human", "value": "Hi!"},
+                               {"from": "gpt", "value": "JQ ZX @# 97 WV" * number}]}
+            for number in range(1, 8)]  # seven rows: the ranks do not have equally many
     (tmp_path / "other.json").write_text(json.dumps(rows))
-    arguments += ["--preset", "7b", "--epochs", "4", "--eval-data", tmp_path / "other.json"]
-    process = start(*arguments, "--out", tmp_path / "four", processes=4)
-    run(monkeypatch, *arguments, "--out", tmp_path / "one")
+    arguments += ["--preset", "7b", "--max-steps", "20", "--eval-data", tmp_path / "other.json"]
+    process = start_train(*arguments, "--out", tmp_path / "four", num_processes=4)
+    run_train(monkeypatch, *arguments, "--out", tmp_path / "one")
     assert process.wait() == 0, process.stderr.read()
-    one, four = log(tmp_path / "one"), log(tmp_path / "four")
+    one, four = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "four"))
     assert [row["step"] for row in one] == [row["step"] for row in four] == list(range(20))
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, four)) < 1e-3
-    assert one[9]["held_out_loss"] == pytest.approx(four[9]["held_out_loss"], abs=1e-3)
-    assert one[19]["held_out_loss"] > one[9]["held_out_loss"]
-    best, last = ([load_file(tmp_path / name / part / "model.safetensors") for name in ("one", "four")]
-                  for part in ("best", "."))
-    torch.testing.assert_close(*best, rtol=0, atol=1e-3)
-    assert any(not torch.equal(best[0][name], last[0][name]) for name in best[0])
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in four] == pytest.approx([row[key] for row in one], rel=1e-3)
+    assert four[9]["val_loss"] == pytest.approx(one[9]["val_loss"], abs=1e-3)
+    assert one[19]["val_loss"] > one[9]["val_loss"]
+    best, last = weights_in(tmp_path / "one" / "best"), weights_in(tmp_path / "one")
+    for name, tensor in weights_in(tmp_path / "four" / "best").items():
+        torch.testing.assert_close(tensor, best[name], rtol=0, atol=1e-3)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
-def test_all_of_it_in_two_processes(arguments, model, tokenizer, world, tmp_path):
+def test_toy_run_on_two_ranks(model, tokenizer, world, tmp_path):
     clip, llama = tmp_path / "clip", tmp_path / "llama"
-    hf_format.write(clip, hf_format.clip_json(vars(model.config.vision)), model.vision_tower.state_dict())
-    hf_format.write(llama, hf_format.llama_json(vars(model.config.text)), model.language_model.state_dict(),
-                     [tokenizer.path])
-    process = start("--vision", clip, "--llm", llama, "--data", world, "--out", tmp_path / "run", "--device", "cpu",
-                    "--epochs", "0.3", processes=2)
+    hf_format.save_folder(clip, hf_config.clip_json(vars(model.config.vision)),
+                          model.vision_tower.state_dict())
+    hf_format.save_folder(llama, hf_config.llama_json(vars(model.config.text)),
+                          model.language_model.state_dict(), [tokenizer.path])
+    process = start_train("--vision-tower", clip, "--llm", llama, "--data", world, "--out",
+                          tmp_path / "run", "--device", "cpu", "--epochs", "0.3", num_processes=2)
     out, error = process.communicate()
     assert process.returncode == 0, error
-    assert [json.loads((tmp_path / "run" / stage / "config.json").read_text())["nanollava"]["stage"]
-            for stage in ("stage1", "stage2")] == [1, 2]
-    assert out.count("after stage 2") == 1  # the table, once
+    for stage in (1, 2):
+        config = json.loads((tmp_path / "run" / f"stage{stage}" / "config.json").read_text())
+        assert config["nanollava"]["stage"] == stage
+    assert out.count("after stage 2") == 1  # rank 0 alone prints the table
 
 
-def test_a_folder_with_something_in_it_is_not_overwritten(arguments, tmp_path, monkeypatch):
+def test_folder_that_is_not_empty_is_refused(arguments, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty: --resume goes on"):
-        run(monkeypatch, *arguments, "--out", tmp_path)
+    with pytest.raises(InputError, match="is not empty: continue with --resume"):
+        run_train(monkeypatch, *arguments, "--out", tmp_path)
 
 
-def test_a_run_does_not_go_on_with_other_data_or_from_other_weights(arguments, model, tokenizer, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    process = start(*arguments, "--out", out)
-    stop_after(process, out, 5, signal.SIGTERM)
-    data = Path(arguments[arguments.index("--data") + 1])
-    rows, start_folder = json.loads(data.read_text()), Path(arguments[arguments.index("--model") + 1])
+def test_run_with_other_data_weights_or_steps_is_not_resumed(arguments, model, tokenizer, tmp_path,
+                                                             monkeypatch):
+    arguments += ["--out", tmp_path / "out"]
+    process = start_train(*arguments)
+    stop_after(process, tmp_path / "out", 5, signal.SIGTERM)
+    with pytest.raises(InputError, match="another run, with num steps 60, not 50: resume with"):
+        run_train(monkeypatch, *arguments, "--resume", "--max-steps", 50)
+    rows = json.loads((tmp_path / "data.json").read_text())
     rows[0]["conversations"][1]["value"] += " Or not."
     (tmp_path / "other.json").write_text(json.dumps(rows))
-    with pytest.raises(InputError, match="of another run, with data .*, not .*: go on with what it had"):
-        run(monkeypatch, *arguments, "--out", out, "--resume", "--data", tmp_path / "other.json")
+    with pytest.raises(InputError, match="another run, with data .*, not"):
+        run_train(monkeypatch, *arguments, "--resume", "--data", tmp_path / "other.json")
     torch.nn.init.zeros_(model.multi_modal_projector.linear_1.bias)
-    model.save_pretrained(start_folder, [tokenizer.path])  # stage 1 was trained anew, into the same folder
-    with pytest.raises(InputError, match="of another run, with starting weights"):
-        run(monkeypatch, *arguments, "--out", out, "--resume")
+    model.save_pretrained(tmp_path / "start", [tokenizer.path])  # as if stage 1 had been repeated
+    with pytest.raises(InputError, match="another run, with starting weights"):
+        run_train(monkeypatch, *arguments, "--resume")
 
 
-def test_the_best_model_on_held_out_data_is_kept(arguments, world, tmp_path, monkeypatch):
-    run(monkeypatch, *arguments, "--out", tmp_path / "out", "--eval-data", world / "instruct.json", "--lr", "0.03")
-    losses = {row["step"]: row["held_out_loss"] for row in log(tmp_path / "out") if "held_out_loss" in row}
+def test_model_with_the_lowest_validation_loss_is_kept(arguments, world, tmp_path, monkeypatch):
+    run_train(monkeypatch, *arguments, "--out", tmp_path / "out", "--lr", "0.03",
+              "--eval-data", world / "instruct.json")
+    losses = {row["step"]: row["val_loss"] for row in read_log(tmp_path / "out" / "log.jsonl")
+              if "val_loss" in row}
     assert list(losses) == [9, 19, 29, 39, 49, 59]
-    best, last = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "best", tmp_path / "out"))
+    best, last = weights_in(tmp_path / "out" / "best"), weights_in(tmp_path / "out")
     assert best.keys() == last.keys()
-    assert (min(losses.values()) == losses[59]) == all(torch.equal(best[name], last[name]) for name in last)
+    last_is_best = min(losses.values()) == losses[59]
+    assert last_is_best == all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_diverged_run_names_the_rows_of_the_step(arguments, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"at step \d+ the loss is .*Its rows: .*data.json, row"):
+        run_train(monkeypatch, *arguments, "--out", tmp_path / "out", "--lr", "1e30")
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints by themselves
+# Run
 
 
-def one_step(model, optimizers):
-    model(torch.arange(12)[None], labels=torch.arange(12)[None]).backward()
+def test_signal_saves_a_checkpoint_and_ends_the_program(model, tmp_path):
+    checkpoints = Checkpoints(tmp_path, model, adamw(model, 1e-3), {})
+    with pytest.raises(SystemExit) as exit:
+        with Run("test", 9, checkpoints) as run:
+            for step, _ in run.enumerate(range(9)):
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                run.log(step, 1.0, 1.0, 1.0, 1)
+                run.save(step, run.stop_requested)
+    assert exit.value.code == 128 + signal.SIGINT
+    assert Run("test", 9, checkpoints).start == 3
+
+
+def test_second_signal_interrupts_and_handlers_are_restored(model, tmp_path):
+    checkpoints, before = Checkpoints(tmp_path, model, [], {}), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with Run("test", 9, checkpoints):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_signal_after_the_last_step_is_not_lost(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with Run("test", 9, Checkpoints(tmp_path, model, [], {})):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_log_is_cut_to_the_checkpoint_and_the_best_loss_is_read_from_it(model, tmp_path):
+    path, checkpoints = tmp_path / "log.jsonl", Checkpoints(tmp_path, model, [], {})
+    checkpoints.save(2)
+    rows = [{"step": step, "elapsed": 10.0 + step, "val_loss": 5.0 - step} for step in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "los')
+    run = Run("test", 9, checkpoints, path)
+    assert (run.start, run.best_val_loss) == (2, 4.0)
+    with run:
+        for step, _ in run.enumerate(range(1)):
+            run.log(step, 1.0, 1.0, 1.0, 1, val_loss=4.5)
+    assert [row["step"] for row in read_log(path)] == [0, 1, 2]
+    assert read_log(path)[-1]["elapsed"] >= 11.0 and run.best_val_loss == 4.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def take_step(model, optimizers):
+    tokens = torch.arange(12)[None]
+    model(tokens, labels=tokens).backward()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
 
-def test_what_a_killed_run_left_half_written_goes_and_what_is_whole_stays(tmp_path):
+def test_incomplete_files_of_a_killed_run_are_removed(tmp_path):
     for name in (".model.safetensors.7.part", "best.part/config.json", "log.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    train.make_room(tmp_path)  # killed after the old best was removed, before the new one had its name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "log.jsonl"]
+    train.remove_leftovers(tmp_path)  # killed inside replace_best
+    assert files_in(tmp_path) == ["best", "log.jsonl"]
     (tmp_path / "best.part").mkdir()
-    train.make_room(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "log.jsonl"]
+    train.remove_leftovers(tmp_path)
+    assert files_in(tmp_path) == ["best", "log.jsonl"]
+    (tmp_path / "resume").mkdir()
+    train.remove_leftovers(tmp_path)
+    assert files_in(tmp_path) == ["best", "log.jsonl", "resume"]
+    (tmp_path / "config.json").write_text("{}")  # the model is complete
+    train.remove_leftovers(tmp_path)
+    assert files_in(tmp_path) == ["best", "config.json", "log.jsonl"]
 
 
-def test_the_newest_whole_checkpoint_is_taken(model, tmp_path):
+def test_newest_complete_checkpoint_is_loaded(model, tmp_path):
     model.vision_tower.requires_grad_(False)
     optimizers = muon(model.language_model, 1e-3)
     checkpoints = Checkpoints(tmp_path, model, optimizers, {"seed": 0})
     assert checkpoints.load() == 0
-    one_step(model, optimizers)
+    take_step(model, optimizers)
     checkpoints.save(9)
-    one_step(model, optimizers)
+    take_step(model, optimizers)
     checkpoints.save(10)
     saved = {name: tensor.clone() for name, tensor in checkpoints.state().items()}
-    assert [path.name for path in tmp_path.iterdir()] == ["step-10"]
-    (tmp_path / ".step-11.part").mkdir()  # what is left of a process that was killed while it saved
-    (tmp_path / "step-12.backup").mkdir()  # and what somebody put there
-    one_step(model, optimizers)
+    assert files_in(tmp_path) == ["step-10"]
+    (tmp_path / ".step-11.part").mkdir()  # of a process that was killed while it saved
+    (tmp_path / "step-12.backup").mkdir()  # the user's
+    take_step(model, optimizers)
     assert checkpoints.load() == 10
     checkpoints.save(10)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-12.backup"]
+    assert files_in(tmp_path) == ["step-10", "step-12.backup"]
     assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoints.state().items())
 
 
-def test_a_checkpoint_of_another_run_or_model_is_refused(model, tmp_path):
+def test_fresh_optimizers_get_the_state_of_a_checkpoint(model, tmp_path):
+    optimizers = adamw(model, 1e-3)
+    take_step(model, optimizers)
+    Checkpoints(tmp_path, model, optimizers, {}).save(1)
+    fresh = adamw(model, 1e-3)
+    assert Checkpoints(tmp_path, model, fresh, {}).load() == 1
+    for weight, state in optimizers[0].state.items():
+        assert all(torch.equal(value, fresh[0].state[weight][key]) for key, value in state.items())
+
+
+def test_checkpoint_of_another_run_or_model_is_refused(model, tmp_path):
     Checkpoints(tmp_path, model, adamw(model, 1e-3), {"seed": 0, "lr": 1.0}).save(1)
     with pytest.raises(InputError, match="step-1 is of another run, with seed 0, not 1"):
         Checkpoints(tmp_path, model, adamw(model, 1e-3), {"seed": 1}).load()
@@ -204,18 +294,24 @@ def test_a_checkpoint_of_another_run_or_model_is_refused(model, tmp_path):
         Checkpoints(tmp_path, projector, adamw(projector, 1e-3), {"seed": 0}).load()
 
 
-def test_where_there_is_no_room_the_last_good_checkpoint_stays(model, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_last_complete_checkpoint(model, tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
     checkpoints = Checkpoints(tmp_path, model, adamw(model, 1e-3), {})
     checkpoints.save(1)
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(InputError, match="cannot write .*step-2: No space left on device"):
         checkpoints.save(2)
-    assert checkpoints.load() == 1
+    assert files_in(tmp_path) == ["step-1"] and checkpoints.load() == 1
 
 
-def test_a_broken_checkpoint_is_named(model, tmp_path):
+def test_damaged_checkpoint_is_named(model, tmp_path):
     checkpoints = Checkpoints(tmp_path, model, adamw(model, 1e-3), {})
     checkpoints.save(1)
     next((tmp_path / "step-1").glob("*.safetensors")).write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot read .*step-1"):
+        checkpoints.load()
+    write_json(tmp_path / "step-1" / "run.json", [])
+    with pytest.raises(InputError, match="run.json is damaged"):
         checkpoints.load()

@@ -1,0 +1,187 @@
+"""The settings of a training stage: defaults by model and data, flags without effect, checks.
+
+The paper's numbers are from its appendix. A toy model needs a higher learning rate and smaller
+batches, and less than an epoch of its toy world. This file does not import torch, so that train.py
+reports mistakes without delay.
+"""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .infra.io import InputError
+from .weights import hf_config
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+TOY_RUN, TOY_DATA = Path("runs/toy"), Path("data/toy")
+
+PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
+         2: dict(epochs=3, batch_size=32, lr=2e-5, save_every=500)}
+TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3, save_every=250),
+       2: dict(epochs=3, batch_size=16, lr=4e-4, save_every=250)}
+TOY_WORLD_EPOCHS = {1: 0.4, 2: 0.5}
+PRESETS = {"toy": TOY, "7b": PAPER, "13b": PAPER}
+TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the toy preset
+LORA_LR = 2e-4  # LLaVA-1.5's for LoRA: ten times the rate of the weights themselves
+
+# Every flag of train.py acts or is refused. {flag: the flags of which it needs one}:
+NEEDS = {
+    "--small-llm": ("--stage 0",), "--lora-rank": ("--stage 2",),
+    "--images": ("--data",), "--eval-images": ("--eval-data",),
+    "--skip-bad": ("--data", "--eval-data"),
+    "--preset": ("--stage 1", "--stage 2", "--plan"),
+    "--no-gradient-checkpointing": ("--stage 1", "--stage 2", "--plan"),
+    "--plan": ("--preset 7b", "--preset 13b"), "--gpus": ("--plan",),
+}
+# {(flag, other): why the flag has no effect with the other}, here grouped by the other:
+CONFLICTS = {(flag, other): reason for other, reason, flags in (
+    ("--stage 0", "the toy CLIP and LLaMA are trained by a fixed recipe",
+     "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
+     "--max-length --workers --epochs --max-steps --batch-size --micro-batch-size --lr --dtype "
+     "--compile --save-every --plan"),
+    ("--stage None", "the toy run trains a new model on a toy world",
+     "--model --images --eval-data --skip-bad"),
+    ("--plan", "a plan opens no files and trains nothing",
+     "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
+     "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every --resume"),
+    ("--model", "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
+    (f"--model {TOY_RUN / 'stage1'}", "stage 2 continues with that of stage 1",
+     "--projector --feature-layer"),
+    ("--preset toy", "toy models are always trained without", "--no-gradient-checkpointing"),
+) for flag in flags.split()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One stage, complete and checked. Fields without a comment are flags of train.py."""
+
+    stage: int
+    out: Path
+    resume: bool
+    model: Path | None  # the LLaVA to continue from; None: join vision_tower and llm
+    vision_tower: Path
+    llm: Path
+    projector: str
+    feature_layer: int
+    template: str | None
+    lora_rank: int | None
+    sources: list[tuple[Path, Path]]  # LLaVA JSON files, each with the folder of its images
+    eval_sources: list[tuple[Path, Path]]  # the same for validation: one pair or none
+    max_length: int
+    skip_bad: bool
+    workers: int
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    micro_batch_size: int | None
+    lr: float
+    save_every: int
+    seed: int
+    device: str
+    dtype: str | None
+    gradient_checkpointing: bool
+    compile: bool
+
+
+def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int = 1) -> Settings:
+    """The settings of stage 1 or 2: the arguments, completed by defaults.
+
+    Raises InputError for what would end the run later: a missing file, an --out in use.
+    """
+    values = {field.name: getattr(arguments, field.name, None) for field in fields(Settings)}
+    values |= dict(stage=stage, device=device)
+    # where it starts from and where it goes
+    values["vision_tower"] = arguments.vision_tower or ASSETS / "toy-clip"
+    values["llm"] = arguments.llm or ASSETS / "toy-llama"
+    values["out"] = arguments.out or TOY_RUN / f"stage{stage}"
+    values["resume"] = arguments.resume or arguments.stage is None  # the toy run always resumes
+    check_out(values["out"], values["resume"])
+    # the data
+    values["sources"] = data_sources(arguments, stage)
+    values["eval_sources"] = eval_sources(arguments, values["sources"])
+    if arguments.workers is None:
+        values["workers"] = 0 if device == "cpu" else 8
+    # how it is trained
+    width = check_model(values["model"], values["vision_tower"], values["llm"])
+    preset = arguments.preset or ("toy" if width < TOY_WIDTH else "7b")
+    values |= choose_defaults(arguments, stage, preset, world_size)
+    if preset == "toy" and arguments.no_gradient_checkpointing:
+        raise InputError("--no-gradient-checkpointing has no effect on a toy model: it is always "
+                         "trained without")
+    values["gradient_checkpointing"] = preset != "toy" and not arguments.no_gradient_checkpointing
+    return Settings(**values)
+
+
+def choose_defaults(arguments, stage: int, preset: str, world_size: int) -> dict:
+    """epochs, batch_size, lr and save_every: as typed, else those of the preset."""
+    defaults = dict(PRESETS[preset][stage])
+    if preset == "toy" and is_toy_world(arguments):
+        defaults["epochs"] = TOY_WORLD_EPOCHS[stage]
+    if arguments.lora_rank:
+        defaults["lr"] = LORA_LR
+    chosen = {key: getattr(arguments, key) or value for key, value in defaults.items()}
+    if chosen["batch_size"] % world_size:
+        raise InputError(f"--batch-size {chosen['batch_size']} is not divisible by {world_size} "
+                         "processes")
+    return chosen
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raise InputError if a model cannot be written to `out`, or would mix with what is in it."""
+    folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {out}: {folder} is not a writable folder")
+    if folder == out and any(out.iterdir()) and not resume:
+        raise InputError(f"{out} is not empty: continue with --resume, or choose another --out")
+
+
+def check_model(model: Path | None, vision_tower: Path, llm: Path) -> int:
+    """The hidden size of the language model. Raises InputError if a model folder is missing."""
+    if model is None:
+        hf_config.read_config(vision_tower, hf_config.vision_config)
+        return hf_config.read_config(llm, hf_config.text_config)["hidden_size"]
+    if not (model / "config.json").is_file():
+        raise InputError(f"no model at {model}: train one with --stage 1, or give another --model")
+    return hf_config.read_config(model, hf_config.llava_config)["text"]["hidden_size"]
+
+
+def is_toy_world(arguments) -> bool:
+    """Whether the data is a folder of `prepare_data.py toy`, which has data for both stages."""
+    return not arguments.data or len(arguments.data) == 1 and arguments.data[0].is_dir()
+
+
+def data_sources(arguments, stage: int) -> list[tuple[Path, Path]]:
+    """The LLaVA JSON files of a stage, each with the folder of its images."""
+    data, images = arguments.data or [TOY_DATA], arguments.images or []
+    if is_toy_world(arguments):
+        if images:
+            raise InputError(f"--images has no effect with the toy world {data[0]}: it has its own")
+        path = data[0] / {1: "pretrain.json", 2: "instruct.json"}[stage]
+        if arguments.data:
+            check_file(path)
+        return [(path, data[0] / "images")]
+    for path in data:
+        check_file(path)
+    if arguments.stage is None:
+        raise InputError(f"--data {data[0]} needs --stage 1 or --stage 2: the toy run trains on a "
+                         "folder of `prepare_data.py toy`")
+    if not images:
+        raise InputError(f"--data {data[0]} needs --images, the folder of its images")
+    if len(images) not in (1, len(data)):
+        raise InputError(f"--data has {len(data)} files, but --images has {len(images)} folders: "
+                         "give one folder, or one for each file")
+    return list(zip(data, images if len(images) == len(data) else images * len(data)))
+
+
+def eval_sources(arguments, sources: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """The validation file with the folder of its images, if there is one."""
+    if not arguments.eval_data:
+        return []
+    check_file(arguments.eval_data)
+    return [(arguments.eval_data, arguments.eval_images or sources[0][1])]
+
+
+def check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"no data at {path}: give LLaVA JSON files, or a folder of "
+                         "`prepare_data.py toy`")
