@@ -129,7 +129,7 @@ def evaluate_ablations(arguments) -> None:
 def check_steps(path: Path, steps: int) -> None:
     """Raise InputError if the finished runs of the folder had another number of steps."""
     if path.exists() and read_json(path) != steps:
-        raise InputError(f"{path.parent} has runs of {read_json(path)} steps: give the same --steps, "
+        raise InputError(f"{path.parent} has runs of {read_json(path)} steps: repeat that --steps "
                          "or choose another --run")
     write_json(path, steps)
 
