@@ -148,6 +148,12 @@ def test_epoch_has_each_row_once_in_batches_of_similar_length():
     assert all(len({lengths[row] for row in batch}) == 1 for batch in batches)
 
 
+def test_lengths_of_successive_batches_are_in_random_order():
+    batches = length_grouped_batches(list(range(400)), batch_size=4, steps=100, seed=0)
+    shortest = [min(batch) for batch in batches[:50]]  # of one group
+    assert shortest != sorted(shortest)
+
+
 def test_same_seed_gives_the_same_batches():
     one, same, other = (length_grouped_batches([1, 2, 3, 4] * 10, 8, 25, seed=seed)
                         for seed in (0, 0, 1))

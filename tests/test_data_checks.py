@@ -74,25 +74,35 @@ def test_max_length_that_cuts_off_an_image_is_an_error(load):
         load([row], max_length=length)
 
 
+class ByteTokenizer:
+    """The worst case of SentencePiece: a ▁, then a token for each byte."""
+
+    bos_id, eos_id = 256, 257
+
+    def __len__(self):
+        return 259
+
+    def encode(self, text):
+        return [258, *text.encode()]
+
+
 @pytest.mark.parametrize("template", ["v0", "vicuna_v1", "plain"])
-def test_only_rows_that_may_exceed_max_length_are_tokenized(config, tokenizer, template):
+@pytest.mark.parametrize("num_turns", [2, 3, 4, 10])
+@pytest.mark.parametrize("image", ["", "<image>", "<image>é<image>"])
+def test_row_that_is_cut_is_always_counted(config, template, num_turns, image):
     config.template = template
-    calls = []
+    turns = [{"from": ("human", "gpt")[number % 2], "value": "é"} for number in range(num_turns)]
+    turns[0]["value"] += image
 
     def tokenize(turns):
-        calls.append(turns)
-        return tokenize_conversation(turns, tokenizer, template, config.tokens_per_image)
+        return tokenize_conversation(turns, ByteTokenizer(), template, config.tokens_per_image)
 
-    # worst case: a token for each byte
-    rows = [[{"from": "human", "value": "<image>~"}, {"from": "gpt", "value": "~" * count}]
-            for count in range(1, 300)]
-    for turns in rows:
-        exact = len(tokenize_conversation(turns, tokenizer, template, config.tokens_per_image)[0])
-        calls.clear()
-        length = row_length(turns, tokenize, config, max_length=400)
-        assert calls or exact <= 400  # no row that is cut goes unnoticed
-        assert not calls or length == exact
-        assert not calls or exact > 200  # a short row is not tokenized
+    exact = len(tokenize(turns)[0])
+    assert row_length(turns, tokenize, config, max_length=exact - 1) == exact
+
+
+def test_row_that_cannot_exceed_max_length_is_not_tokenized(config):
+    assert row_length([QUESTION, ANSWER], None, config, max_length=300) < 300
 
 
 def test_padding_is_below_3_percent_of_the_tokens_of_each_rank():
