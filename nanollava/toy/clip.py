@@ -29,24 +29,13 @@ from ..tokenizer import Tokenizer
 from ..training import train
 from ..vision import Encoder, VisionConfig, VisionTower
 from ..weights import hf_config, hf_format, safetensors_io
+from . import scene
 from .muon import muon
 from .questions import CAPTION_STYLES, caption
-from .scene import (
-    COLORS,
-    IMAGE_SIZE,
-    KINDS,
-    SIZES,
-    Box,
-    Scene,
-    Thing,
-    draw_image,
-    is_validation_scene,
-    random_boxes,
-    random_scenes,
-)
+from .scene import Box, Scene, Thing
 
 VISION_CONFIG = VisionConfig(
-    image_size=IMAGE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
+    image_size=scene.IMAGE_SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
     num_hidden_layers=5, num_attention_heads=4)
 TEXT_CONFIG = VisionConfig(  # a CLIP's text tower has the same blocks as its vision tower
     hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
@@ -104,15 +93,10 @@ class Clip(nn.Module):
         self.visual_projection = nn.Linear(VISION_CONFIG.hidden_size, EMBED_SIZE, bias=False)
         self.text_projection = nn.Linear(TEXT_CONFIG.hidden_size, EMBED_SIZE, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.initialize()
-
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Set the embeddings; the other weights keep the defaults of their layers."""
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.1)
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
-        positions = sincos_pos_embed(GRID_SIZE, VISION_CONFIG.hidden_size)
-        self.vision_model.embeddings.position_embedding.weight.copy_(positions)
+        positions = self.vision_model.embeddings.position_embedding.weight
+        positions.data = sincos_pos_embed(GRID_SIZE, VISION_CONFIG.hidden_size)
 
     def encode_image(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to unit vectors: the images' (N, E), and their patches' (N, P, E)."""
@@ -170,45 +154,32 @@ def contrastive_loss(
     return (image_loss + text_loss) / 2
 
 
-def clip_loss(
-    clip: Clip, images: torch.Tensor, scenes: list[Scene], patches: list[tuple], style: int,
-) -> torch.Tensor:
-    """The loss of images (N, 3, H, W) and of some of their patches.
-
-    patches: (row of the image, number of the patch, scene on the patch).
-    style: of all captions in the batch.
-    """
-    image_embeds, patch_embeds = clip.encode_image(images)  # (N, E), (N, P, E)
-    rows, numbers, patch_scenes = zip(*patches)
-    return (contrastive_loss(clip, image_embeds, scenes, style)
-            + contrastive_loss(clip, patch_embeds[rows, numbers], patch_scenes, style))
-
-
 # ---------------------------------------------------------------------------------------------
 # The data
 
 
 def draw_batch(seed: int, step: int, batch_size: int) -> tuple:
-    """The arguments of `clip_loss` for a step: images, scenes, patches and style.
+    """Images (N, 3, H, W), their scenes, some of their patches, and the style of all captions.
 
+    A patch is (row of the image, number of the patch, scene on the patch).
     A batch depends on seed and step alone, so that a resumed run sees the same batches.
     """
     rng = random.Random(f"{seed} {step}")
     scenes, style = draw_scenes(rng, batch_size), rng.randrange(CAPTION_STYLES)
-    boxes = [random_boxes(things, rng) for things in scenes]
-    images = torch.stack([draw_pixels(*pair, rng) for pair in zip(scenes, boxes)])
-    patches = [(row, *patch) for row, pair in enumerate(zip(scenes, boxes))
+    boxes = [scene.random_boxes(things, rng) for things in scenes]
+    images = torch.stack([draw_pixels(*pair, rng) for pair in zip(scenes, boxes, strict=True)])
+    patches = [(row, *patch) for row, pair in enumerate(zip(scenes, boxes, strict=True))
                for patch in sample_patches(*pair, rng)]
     return images, scenes, patches, style
 
 
 def draw_scenes(rng: random.Random, count: int) -> list[Scene]:
     """Training scenes, half of them in groups of about four that are hard to tell apart."""
-    scenes, stream = [], random_scenes(rng)
+    scenes, stream = [], scene.random_scenes(rng)
     while len(scenes) < count // 2:
         things = next(stream)
         similar = [change_one_attribute(things, rng) for _ in range(3)]
-        scenes += [things, *(other for other in similar if not is_validation_scene(other))]
+        scenes += [things, *(other for other in similar if not scene.is_validation_scene(other))]
     return scenes + list(islice(stream, count - len(scenes)))
 
 
@@ -216,19 +187,19 @@ def change_one_attribute(things: Scene, rng: random.Random) -> Scene:
     """The same scene, except for the kind, color, size or place of one thing."""
     index = rng.randrange(len(things))
     attribute = rng.choice(("kind", "kind", "color", "cell", "size"))
-    values = {"kind": KINDS, "color": COLORS, "size": SIZES, "cell": range(9)}[attribute]
+    values = {"kind": scene.KINDS, "color": scene.COLORS, "size": scene.SIZES, "cell": range(9)}
     # a thing may get a color that another thing has, but not its place
     compared = things if attribute == "cell" else things[index : index + 1]
     taken = [getattr(thing, attribute) for thing in compared]
-    value = rng.choice([value for value in values if value not in taken])
+    value = rng.choice([value for value in values[attribute] if value not in taken])
     changed = replace(things[index], **{attribute: value})
-    scene = (*things[:index], changed, *things[index + 1 :])
-    return tuple(sorted(scene, key=lambda thing: thing.cell))
+    result = (*things[:index], changed, *things[index + 1 :])
+    return tuple(sorted(result, key=lambda thing: thing.cell))
 
 
 def draw_pixels(things: Scene, boxes: list[Box], rng: random.Random) -> torch.Tensor:
     """The image of a scene as the ViT takes it, (3, H, W)."""
-    return preprocess(draw_image(things, boxes, rng), VISION_CONFIG.image_size)
+    return preprocess(scene.draw_image(things, boxes, rng), VISION_CONFIG.image_size)
 
 
 def things_on_patches(things: Scene, boxes: list[Box]) -> list[Thing | None]:
@@ -264,7 +235,10 @@ def forward_backward(clip: Clip, batch: tuple, device) -> tuple[torch.Tensor, in
     images, scenes, patches, style = batch
     with torch.no_grad():
         clip.logit_scale.clamp_(max=math.log(100))  # as CLIP does, for stability
-    loss = clip_loss(clip, images.to(device), scenes, patches, style)
+    image_embeds, patch_embeds = clip.encode_image(images.to(device))  # (N, E), (N, P, E)
+    rows, numbers, patch_scenes = zip(*patches)
+    loss = (contrastive_loss(clip, image_embeds, scenes, style)
+            + contrastive_loss(clip, patch_embeds[rows, numbers], patch_scenes, style))
     loss.backward()
     return loss.detach(), len(images) * VISION_CONFIG.num_patches
 
@@ -296,20 +270,16 @@ def clip_accuracy(clip: Clip, rng: random.Random, count: int) -> float:
     Eight of the other captions differ in one attribute; the rest are of random scenes.
     """
     correct, device = 0, clip.logit_scale.device
-    validation, training = random_scenes(rng, validation=True), random_scenes(rng)
+    validation, training = scene.random_scenes(rng, validation=True), scene.random_scenes(rng)
     for things in islice(validation, count):
         scenes = [things, *(change_one_attribute(things, rng) for _ in range(8))]
         scenes += islice(training, 32 - len(scenes))
-        image = draw_pixels(things, random_boxes(things, rng), rng)[None].to(device)
+        image = draw_pixels(things, scene.random_boxes(things, rng), rng)[None].to(device)
         image_embeds, _ = clip.encode_image(image)  # (1, E)
         captions = clip.encode_text([caption(other, 0) for other in scenes])  # (32, E)
         best = int((captions @ image_embeds[0]).argmax())
         correct += scenes[best] == things
     return 100 * correct / count
-
-
-# ---------------------------------------------------------------------------------------------
-# Files
 
 
 def save_clip(clip: Clip, folder: Path) -> None:

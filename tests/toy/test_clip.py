@@ -86,6 +86,12 @@ def test_contrastive_loss_is_cross_entropy_in_both_directions(tokenizer):
     torch.testing.assert_close(loss, (by_image + by_text) / 2)
 
 
+def test_target_of_a_caption_is_spread_over_equal_scenes(tokenizer):
+    """One caption leaves no choice; the caption's target is half of each embedding, so ln 2."""
+    loss = contrastive_loss(Clip(tokenizer), torch.ones(2, 128), [(CAT,), (CAT,)], style=0)
+    torch.testing.assert_close(loss.detach(), torch.tensor(2.0).log() / 2)
+
+
 def test_patch_embeddings_come_from_the_layer_that_llava_reads(tokenizer):
     clip = Clip(tokenizer)
     images = torch.randn(2, 3, 96, 96)
