@@ -16,8 +16,8 @@ from nanollava.infra.progress import print0
 
 TOY_RUN = Path("runs/toy")
 GREEDY = "--temperature 0.0"  # the default
-CONFLICTS = {("--top-p", GREEDY): "the likeliest token is taken",
-             ("--seed", GREEDY): "the likeliest token is taken"}
+NO_SAMPLING = "it always takes the likeliest token; set a higher --temperature to sample"
+CONFLICTS = {("--top-p", GREEDY): NO_SAMPLING, ("--seed", GREEDY): NO_SAMPLING}
 
 
 def parse_arguments():
@@ -34,7 +34,7 @@ def parse_arguments():
         help="sample from the likeliest tokens up to this total probability (default: 1)")
     add("--max-new-tokens", type=positive(int), default=512,
         help="maximum length of a reply (default: %(default)s)")
-    add("--seed", type=seed, help="of the sampling")
+    add("--seed", type=seed, help="random seed of sampling")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the weights and the computation (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that exists)")

@@ -127,7 +127,7 @@ def test_pair_of_flags_acts_or_is_refused(pair, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parse()
         error = capsys.readouterr().err
-        assert "has no effect with --temperature 0.0: the likeliest token is taken" in error
+        assert "has no effect with --temperature 0.0: it always takes the likeliest" in error
     else:
         assert parse().typed == {*pair}
 
