@@ -81,7 +81,7 @@ def description(things: Scene) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Questions that need a look at the image
+# Questions about what the image shows
 #
 # Each function returns a random question of its type and the answer, or None if it finds no such
 # question about the scene. The answers to count, relation and same color first state what is seen
@@ -175,7 +175,7 @@ WEIGHTED_TYPES = (*QUESTION_TYPES, "count", "count", "same color")
 
 
 # ---------------------------------------------------------------------------------------------
-# Questions that need a thought beyond it
+# Questions that need reasoning
 
 
 def ask_farthest(things, rng):
