@@ -114,6 +114,21 @@ def test_limits_cover_steps_and_tokens(folder, monkeypatch):
     assert limits["next token"] == 4 * (2 * (1024 + 1536 + 32) + 16 + 1584 + 2048) / 1e9
 
 
+def test_command_prints_the_table_tokens_and_photographs(folder, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(speed, "matmul_flops", lambda dtype, device: 1e9)
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["speed", "--device", "cpu", "--repeat", "1"])
+    speed.main(speed.parse_arguments())
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["nanollava", "of", "the", "limit"]
+    assert [line.split("   ")[0] for line in out[1:6]] == [
+        "stage 1 step", "stage 2 step", "first token", "next token", "stage 2 memory"]
+    assert "after the first 4 takes" in out[6]
+    assert "for a ViT of 224 pixels" in out[7] and "for a ViT of 336 pixels" in out[8]
+
+
 def test_table_shows_ratio_and_share_of_the_limit():
     results = {"stage 2 step": {"nanollava": 0.5, "transformers": 1.25},
                "stage 2 memory": {"nanollava": 2, "transformers": 3}}
