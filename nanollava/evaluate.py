@@ -22,8 +22,7 @@ from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
 
-# Flags without effect: {command: {flag: the flags of which it needs one}}, then the pairs in
-# conflict, as `check_flags` takes them.
+# By command, the flags that would be silently ignored: `check_flags` refuses them.
 NEEDS = {
     "scienceqa": {"--gpt": ("--ensemble",), "--base-url": ("--ensemble",),
                   "--workers": ("--ensemble",), "--batch-size": ("--model",),
@@ -241,7 +240,7 @@ def add_bench_arguments(add) -> None:
     add("--context", type=Path, required=True,
         help="JSONL of image and caption, or captions and instances")
     add("--out", type=Path, required=True,
-        help="JSON to write; OUT.ledger.jsonl beside it keeps every grade")
+        help="JSON to write; OUT.ledger.jsonl next to it keeps every grade")
     add("--both-orders", action="store_true",
         help="grade each reply twice, once as the first and once as the second")
     add_chat(add)

@@ -169,8 +169,8 @@ def training_step(folder: Path, dtype: torch.dtype, device: str, stage: int,
     """Our training step, as train.py takes it."""
     batch = [make_batch("cpu")]  # one micro-batch
     model = Llava.from_pretrained(folder, torch.float32)
-    model.compute_dtype = pick_compute_dtype(dtype, device)
     freeze(model, stage)
+    model.compute_dtype = pick_compute_dtype(dtype, device)
     recompute_swiglu(model.language_model)
     if compiled:
         compile_blocks(model)
