@@ -171,7 +171,7 @@ def html_image(path: Path) -> tuple[str, bool]:
 
 
 def html_card(image: Path | None, exchanges: list[Exchange]) -> str:
-    """An image and its exchanges. A correct reply is blue, a wrong one red, with the answer below it."""
+    """An image and its exchanges: a correct reply is blue, a wrong one red, its answer below it."""
     thumbnail, is_photo = html_image(image) if image else ("", False)
     lines = []
     for exchange in exchanges:
