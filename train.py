@@ -154,12 +154,17 @@ def main(arguments) -> None:
     stages = [arguments.stage] if arguments.stage else [1, 2]
     settings = [resolve_settings(arguments, stage, device, distributed.world_size())
                 for stage in stages]
-    if not arguments.data and not TOY_DATA.exists():
-        distributed.on_rank0(partial(write_world, TOY_DATA, arguments.seed))
+    if not arguments.data:
+        distributed.on_rank0(partial(draw_toy_world, arguments.seed))
     if arguments.stage:
         train_stage(settings[0])
     else:
         run_toy(arguments, *settings)
+
+
+def draw_toy_world(seed: int) -> None:
+    if not TOY_DATA.exists():
+        write_world(TOY_DATA, seed)
 
 
 def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
@@ -253,7 +258,7 @@ def open_model(settings: Settings) -> tuple[Llava, Tokenizer]:
 
 
 def open_data(sources: list, tokenizer: Tokenizer, model: Llava, settings: Settings):
-    """The rows of LLaVA JSON files, checked; None if there are no files."""
+    """The rows of LLaVA JSON files, checked; None for no files."""
     if not sources:
         return None
     max_length = min(settings.max_length, model.config.text.max_position_embeddings)
@@ -268,10 +273,11 @@ def open_data(sources: list, tokenizer: Tokenizer, model: Llava, settings: Setti
 
 
 def prepare_model(model: Llava, settings: Settings) -> None:
-    """Make a model ready for training. Each step changes it from outside; the order matters."""
+    """Make a model ready for training. Each step changes it from outside; its code does not know."""
     freeze(model, settings.stage, settings.lora_rank)
     dtype = best_dtype(settings.device, settings.dtype)
     model.compute_dtype = pick_compute_dtype(dtype, settings.device)
+    # a compiled block contains its recomputation, and a sharded block contains both
     recompute_swiglu(model.language_model)
     if settings.gradient_checkpointing:
         apply_gradient_checkpointing(model.language_model)

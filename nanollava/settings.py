@@ -6,7 +6,7 @@ reports mistakes without delay.
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from .infra.io import InputError
@@ -88,28 +88,44 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
 
     Raises InputError for what would end the run later: a missing file, an --out in use.
     """
-    values = {field.name: getattr(arguments, field.name, None) for field in fields(Settings)}
-    values |= dict(stage=stage, device=device)
-    # where it starts from and where it goes
-    values["vision_tower"] = arguments.vision_tower or ASSETS / "toy-clip"
-    values["llm"] = arguments.llm or ASSETS / "toy-llama"
-    values["out"] = arguments.out or TOY_RUN / f"stage{stage}"
-    values["resume"] = arguments.resume or arguments.stage is None  # the toy run always resumes
-    check_out(values["out"], values["resume"])
-    # the data
-    values["sources"] = data_sources(arguments, stage)
-    values["eval_sources"] = eval_sources(arguments, values["sources"])
-    if arguments.workers is None:
-        values["workers"] = 0 if device == "cpu" else 8
-    # how it is trained
-    width = check_model(values["model"], values["vision_tower"], values["llm"])
-    preset = arguments.preset or ("toy" if width < TOY_WIDTH else "7b")
-    values |= choose_defaults(arguments, stage, preset, world_size)
-    if preset == "toy" and arguments.no_gradient_checkpointing:
+    vision_tower = arguments.vision_tower or ASSETS / "toy-clip"
+    llm = arguments.llm or ASSETS / "toy-llama"
+    out = arguments.out or TOY_RUN / f"stage{stage}"
+    resume = arguments.resume or arguments.stage is None  # the toy run always resumes
+    check_out(out, resume)
+    sources = data_sources(arguments, stage)
+    preset = choose_preset(arguments, vision_tower, llm)
+    is_toy = preset == "toy"
+    if is_toy and arguments.no_gradient_checkpointing:
         raise InputError("--no-gradient-checkpointing has no effect on a toy model: it is always "
                          "trained without")
-    values["gradient_checkpointing"] = preset != "toy" and not arguments.no_gradient_checkpointing
-    return Settings(**values)
+    workers = 0 if device == "cpu" else 8
+    return Settings(
+        stage=stage, out=out, resume=resume,
+        model=arguments.model, vision_tower=vision_tower, llm=llm, projector=arguments.projector,
+        feature_layer=arguments.feature_layer, template=arguments.template,
+        lora_rank=arguments.lora_rank,
+        sources=sources, eval_sources=eval_sources(arguments, sources),
+        max_length=arguments.max_length, skip_bad=arguments.skip_bad,
+        workers=workers if arguments.workers is None else arguments.workers,
+        **choose_defaults(arguments, stage, preset, world_size),
+        max_steps=arguments.max_steps, micro_batch_size=arguments.micro_batch_size,
+        seed=arguments.seed, device=device, dtype=arguments.dtype, compile=arguments.compile,
+        gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing))
+
+
+def choose_preset(arguments, vision_tower: Path, llm: Path) -> str:
+    """--preset, or that of the LLM's hidden size. Raises InputError if a model is missing."""
+    if arguments.model is None:
+        hf_config.read_config(vision_tower, hf_config.vision_config)
+        width = hf_config.read_config(llm, hf_config.text_config)["hidden_size"]
+    elif (arguments.model / "config.json").is_file():
+        llava = hf_config.read_config(arguments.model, hf_config.llava_config)
+        width = llava["text"]["hidden_size"]
+    else:
+        raise InputError(f"no model at {arguments.model}: train one with --stage 1, or give "
+                         "another --model")
+    return arguments.preset or ("toy" if width < TOY_WIDTH else "7b")
 
 
 def choose_defaults(arguments, stage: int, preset: str, world_size: int) -> dict:
@@ -133,16 +149,6 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(f"cannot write to {out}: {folder} is not a writable folder")
     if folder == out and any(out.iterdir()) and not resume:
         raise InputError(f"{out} is not empty: continue with --resume, or choose another --out")
-
-
-def check_model(model: Path | None, vision_tower: Path, llm: Path) -> int:
-    """The hidden size of the language model. Raises InputError if a model folder is missing."""
-    if model is None:
-        hf_config.read_config(vision_tower, hf_config.vision_config)
-        return hf_config.read_config(llm, hf_config.text_config)["hidden_size"]
-    if not (model / "config.json").is_file():
-        raise InputError(f"no model at {model}: train one with --stage 1, or give another --model")
-    return hf_config.read_config(model, hf_config.llava_config)["text"]["hidden_size"]
 
 
 def is_toy_world(arguments) -> bool:
