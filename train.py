@@ -273,7 +273,7 @@ def open_data(sources: list, tokenizer: Tokenizer, model: Llava, settings: Setti
 
 
 def prepare_model(model: Llava, settings: Settings) -> None:
-    """Make a model ready for training. Each step changes it from outside; its code does not know."""
+    """Make a model ready for training. Each step changes it from outside."""
     freeze(model, settings.stage, settings.lora_rank)
     dtype = best_dtype(settings.device, settings.dtype)
     model.compute_dtype = pick_compute_dtype(dtype, settings.device)

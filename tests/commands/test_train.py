@@ -321,6 +321,20 @@ def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values):
         assert with_flag != without, words
 
 
+@pytest.mark.parametrize("mode, accepted", [
+    ("stage 0", "--small-llm --seed --device --out --resume"),
+    ("toy run", "--vision-tower --llm --projector --template --feature-layer --data --max-length "
+     "--workers --epochs --max-steps --batch-size --micro-batch-size --lr --seed --dtype --device "
+     "--compile --out --save-every --resume"),
+    ("plan of stage 2", "--lora-rank --max-length --epochs --batch-size --micro-batch-size "
+     "--no-gradient-checkpointing --gpus"),
+])
+def test_flags_that_act_in_a_mode(mode, accepted, values):
+    flags = values.keys() - {"--preset"} if "plan" in mode else values.keys()
+    found = {flag for flag in flags if not refused_by_table(command_line(mode, [flag], values))}
+    assert found == set(accepted.split())
+
+
 def test_each_setting_is_used():
     source = Path(train.__file__).read_text()
     assert not [field.name for field in fields(Settings) if f"settings.{field.name}" not in source]
@@ -345,6 +359,7 @@ def test_each_flag_that_is_accepted_changes_the_plan(mode, command, values):
     (["--model", "a"], "--model has no effect without --stage: the toy run"),
     (["--eval-data", "a"], "--eval-data has no effect without --stage: the toy run"),
     (["--small-llm"], "--small-llm has no effect without --stage 0"),
+    (["--plan", "--preset", "7b", "--stage", "0"], "--plan has no effect with --stage 0"),
     (["--plan"], "--plan has no effect without --preset 7b or --preset 13b"),
     (["--plan", "--preset", "7b", "--out", "a"], "--out has no effect with --plan"),
     (["--preset", "7b", "--gpus", "8", "--stage", "1"], "--gpus has no effect without --plan"),
