@@ -23,17 +23,8 @@ from nanollava.conversation import TEMPLATES
 from nanollava.infra.cli import Parser, check_flags, one_line_errors, positive, seed
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
-from nanollava.settings import (
-    CONFLICTS,
-    NEEDS,
-    PRESETS,
-    TOY_DATA,
-    TOY_RUN,
-    Settings,
-    check_out,
-    choose_defaults,
-    resolve_settings,
-)
+from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_out,
+                                choose_defaults, resolve_settings)
 
 
 def parse_arguments():
@@ -85,7 +76,6 @@ def add_data_flags(add) -> None:
 
 
 def add_training_flags(add) -> None:
-    add("--preset", choices=PRESETS, help="of the defaults below (default: by the LLM's width)")
     add("--epochs", type=positive(float), help="passes over the data, may be a fraction "
         "(default: 1 in stage 1, 3 in stage 2; 0.4 and 0.5 of the toy world)")
     add("--max-steps", type=positive(int), metavar="N", help="stop after N steps: a smoke test")
@@ -110,8 +100,8 @@ def add_run_flags(add) -> None:
     add("--save-every", type=positive(int), metavar="N",
         help="steps from one checkpoint to the next (default: 500; toy: 250)")
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
-    add("--plan", action="store_true",
-        help="only print what --preset 7b or 13b needs: memory, operations, hours")
+    add("--plan", choices=("7b", "13b"),
+        help="only print what the paper's model of this size needs: memory, operations, hours")
     add("--gpus", type=positive(int), default=8, help="of the --plan (default: 8)")
 
 
@@ -132,16 +122,8 @@ from nanollava.tokenizer import Tokenizer
 from nanollava.toy.dataset import write_world
 from nanollava.toy.score import evaluate_run, write_run_report
 from nanollava.toy.stage0 import evaluate_parts, train_parts
-from nanollava.training import (
-    DivergedError,
-    adamw,
-    apply_gradient_checkpointing,
-    forward_backward,
-    freeze,
-    mean_loss,
-    recompute_swiglu,
-    train,
-)
+from nanollava.training import (DivergedError, adamw, apply_gradient_checkpointing,
+                                forward_backward, freeze, mean_loss, recompute_swiglu, train)
 from nanollava.weights import safetensors_io
 
 
@@ -192,11 +174,11 @@ def make_toy_parts(arguments, device: str) -> None:
 
 
 def print_plan(arguments) -> None:
-    """What the paper's stages need at the size of --preset."""
+    """What the paper's stages need."""
     for stage in [arguments.stage] if arguments.stage else [1, 2]:
-        chosen = choose_defaults(arguments, stage, arguments.preset, arguments.gpus)
-        print(f"stage {stage} of --preset {arguments.preset}")
-        print(plan(SIZES[arguments.preset], stage, arguments.gpus, chosen["batch_size"],
+        chosen = choose_defaults(arguments, stage, False, arguments.gpus)
+        print(f"stage {stage}, {arguments.plan}")
+        print(plan(SIZES[arguments.plan], stage, arguments.gpus, chosen["batch_size"],
                    chosen["epochs"], arguments.micro_batch_size, arguments.lora_rank,
                    arguments.max_length, not arguments.no_gradient_checkpointing))
 

@@ -1,4 +1,4 @@
-"""What a training stage needs, before you rent the machine: `python train.py --preset 7b --plan`.
+"""What a training stage needs, before you rent the machine: `python train.py --plan 7b`.
 
 The numbers are counted, not measured: parameters from the sizes of the networks, memory from the
 tensors that a step stores, operations from its matrix products. The tests compare the counts with

@@ -6,7 +6,7 @@ reports mistakes without delay.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .infra.io import InputError
@@ -20,8 +20,7 @@ PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
 TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3, save_every=250),
        2: dict(epochs=3, batch_size=16, lr=4e-4, save_every=250)}
 TOY_WORLD_EPOCHS = {1: 0.4, 2: 0.5}
-PRESETS = {"toy": TOY, "7b": PAPER, "13b": PAPER}
-TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the toy preset
+TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the defaults of TOY
 LORA_LR = 2e-4  # LLaVA-1.5's for LoRA: ten times the rate of the weights themselves
 
 # Every flag of train.py acts or is refused. {flag: the flags of which it needs one}:
@@ -29,9 +28,8 @@ NEEDS = {
     "--small-llm": ("--stage 0",), "--lora-rank": ("--stage 2",),
     "--images": ("--data",), "--eval-images": ("--eval-data",),
     "--skip-bad": ("--data", "--eval-data"),
-    "--preset": ("--stage 1", "--stage 2", "--plan"),
     "--no-gradient-checkpointing": ("--stage 1", "--stage 2", "--plan"),
-    "--plan": ("--preset 7b", "--preset 13b"), "--gpus": ("--plan",),
+    "--gpus": ("--plan",),
 }
 # {(flag, other): why the flag has no effect with the other}, here grouped by the other:
 CONFLICTS = {(flag, other): reason for other, reason, flags in (
@@ -47,7 +45,6 @@ CONFLICTS = {(flag, other): reason for other, reason, flags in (
     ("--model", "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
     (f"--model {TOY_RUN / 'stage1'}", "stage 2 continues with that of stage 1",
      "--projector --feature-layer"),
-    ("--preset toy", "toy models are always trained without", "--no-gradient-checkpointing"),
 ) for flag in flags.split()}
 
 
@@ -83,55 +80,46 @@ class Settings:
     compile: bool
 
 
+SETTINGS = {field.name for field in fields(Settings)}
+
+
 def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int = 1) -> Settings:
     """The settings of stage 1 or 2: the arguments, completed by defaults.
 
     Raises InputError for what would end the run later: a missing file, an --out in use.
     """
-    vision_tower = arguments.vision_tower or ASSETS / "toy-clip"
-    llm = arguments.llm or ASSETS / "toy-llama"
-    out = arguments.out or TOY_RUN / f"stage{stage}"
     resume = arguments.resume or arguments.stage is None  # the toy run always resumes
+    out = arguments.out or TOY_RUN / f"stage{stage}"
     check_out(out, resume)
     sources = data_sources(arguments, stage)
-    preset = choose_preset(arguments, vision_tower, llm)
-    is_toy = preset == "toy"
+    vision_tower = arguments.vision_tower or ASSETS / "toy-clip"
+    llm = arguments.llm or ASSETS / "toy-llama"
+    is_toy = llm_width(arguments.model, vision_tower, llm) < TOY_WIDTH
     if is_toy and arguments.no_gradient_checkpointing:
         raise InputError("--no-gradient-checkpointing has no effect on a toy model: it is always "
                          "trained without")
-    workers = 0 if device == "cpu" else 8
-    return Settings(
-        stage=stage, out=out, resume=resume,
-        model=arguments.model, vision_tower=vision_tower, llm=llm, projector=arguments.projector,
-        feature_layer=arguments.feature_layer, template=arguments.template,
-        lora_rank=arguments.lora_rank,
+    typed = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
+    return Settings(**typed | choose_defaults(arguments, stage, is_toy, world_size) | dict(
+        stage=stage, out=out, resume=resume, vision_tower=vision_tower, llm=llm, device=device,
         sources=sources, eval_sources=eval_sources(arguments, sources),
-        max_length=arguments.max_length, skip_bad=arguments.skip_bad,
-        workers=workers if arguments.workers is None else arguments.workers,
-        **choose_defaults(arguments, stage, preset, world_size),
-        max_steps=arguments.max_steps, micro_batch_size=arguments.micro_batch_size,
-        seed=arguments.seed, device=device, dtype=arguments.dtype, compile=arguments.compile,
-        gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing))
+        workers=(0 if device == "cpu" else 8) if arguments.workers is None else arguments.workers,
+        gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing)))
 
 
-def choose_preset(arguments, vision_tower: Path, llm: Path) -> str:
-    """--preset, or that of the LLM's hidden size. Raises InputError if a model is missing."""
-    if arguments.model is None:
+def llm_width(model: Path | None, vision_tower: Path, llm: Path) -> int:
+    """The hidden size of the language model. Raises InputError if a model folder is missing."""
+    if model is None:
         hf_config.read_config(vision_tower, hf_config.vision_config)
-        width = hf_config.read_config(llm, hf_config.text_config)["hidden_size"]
-    elif (arguments.model / "config.json").is_file():
-        llava = hf_config.read_config(arguments.model, hf_config.llava_config)
-        width = llava["text"]["hidden_size"]
-    else:
-        raise InputError(f"no model at {arguments.model}: train one with --stage 1, or give "
-                         "another --model")
-    return arguments.preset or ("toy" if width < TOY_WIDTH else "7b")
+        return hf_config.read_config(llm, hf_config.text_config)["hidden_size"]
+    if not (model / "config.json").is_file():
+        raise InputError(f"no model at {model}: train one with --stage 1, or give another --model")
+    return hf_config.read_config(model, hf_config.llava_config)["text"]["hidden_size"]
 
 
-def choose_defaults(arguments, stage: int, preset: str, world_size: int) -> dict:
-    """epochs, batch_size, lr and save_every: as typed, else those of the preset."""
-    defaults = dict(PRESETS[preset][stage])
-    if preset == "toy" and is_toy_world(arguments):
+def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dict:
+    """epochs, batch_size, lr and save_every: as typed, or the defaults."""
+    defaults = dict((TOY if is_toy else PAPER)[stage])
+    if is_toy and is_toy_world(arguments):
         defaults["epochs"] = TOY_WORLD_EPOCHS[stage]
     if arguments.lora_rank:
         defaults["lr"] = LORA_LR

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanollava import Llava
+from nanollava import Llava, settings
 from nanollava.infra.io import read_json, write_json
 from nanollava.infra.run_log import read_log
 from nanollava.llama import Block, Llama
-from nanollava.settings import ASSETS, CONFLICTS, NEEDS, Settings, resolve_settings
+from nanollava.settings import CONFLICTS, NEEDS, Settings, resolve_settings
 
 
 def test_stage_1_trains_the_projector_and_stage_2_also_the_language_model(command, parts, world):
@@ -66,10 +66,11 @@ def test_bfloat16_is_saved_and_computed_in_where_it_is_fast(
     assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("flags, passes", [
-    (["--preset", "7b"], 2), (["--preset", "7b", "--no-gradient-checkpointing"], 1), ([], 1)])
+@pytest.mark.parametrize("toy_width, flags, passes", [
+    (0, [], 2), (0, ["--no-gradient-checkpointing"], 1), (512, [], 1)])
 def test_blocks_are_computed_twice_unless_toy_or_refused(
-        command, parts, world, monkeypatch, flags, passes):
+        command, parts, world, monkeypatch, toy_width, flags, passes):
+    monkeypatch.setattr(settings, "TOY_WIDTH", toy_width)
     calls, forward = [], Block.forward
     monkeypatch.setattr(Block, "forward",
                         lambda block, *inputs: calls.append(block) or forward(block, *inputs))
@@ -114,25 +115,17 @@ def test_number_of_steps(command, parts, world, flags, steps, epochs, lr):
     assert f"60 rows, {epochs:g} epochs, {steps} steps" in error
 
 
-@pytest.mark.parametrize("stage, preset, epochs, batch_size, lr", [
-    (1, [], 1, 8, 4e-3), (2, [], 3, 16, 4e-4), (1, ["--preset", "7b"], 1, 128, 2e-3),
-    (2, ["--preset", "13b"], 3, 32, 2e-5)])
-def test_own_data_is_trained_on_for_whole_epochs(
-        parse, world, stage, preset, epochs, batch_size, lr):
-    arguments = parse("--stage", stage, "--llm", ASSETS / "toy-llama", *preset,
-                      "--data", world / "instruct.json", "--images", world / "images")
-    settings = resolve_settings(arguments, stage)
-    assert (settings.epochs, settings.batch_size, settings.lr) == (epochs, batch_size, lr)
-
-
-def test_a_wide_language_model_gets_the_papers_settings(parse, tmp_path, world):
-    config = {"model_type": "llama", "hidden_size": 2048}
+@pytest.mark.parametrize("width, stage, epochs, batch_size, lr", [
+    (192, 1, 1, 8, 4e-3), (192, 2, 3, 16, 4e-4), (2048, 1, 1, 128, 2e-3), (2048, 2, 3, 32, 2e-5)])
+def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
+        parse, tmp_path, world, width, stage, epochs, batch_size, lr):
+    config = {"model_type": "llama", "hidden_size": width}
     write_json(tmp_path / "llm" / "config.json", config)
-    arguments = parse("--stage", 2, "--llm", tmp_path / "llm", "--data", world / "instruct.json",
-                      "--images", world / "images")
-    settings = resolve_settings(arguments, 2)
-    assert (settings.epochs, settings.batch_size, settings.lr) == (3, 32, 2e-5)
-    assert settings.gradient_checkpointing
+    arguments = parse("--stage", stage, "--llm", tmp_path / "llm",
+                      "--data", world / "instruct.json", "--images", world / "images")
+    chosen = resolve_settings(arguments, stage)
+    assert (chosen.epochs, chosen.batch_size, chosen.lr) == (epochs, batch_size, lr)
+    assert chosen.gradient_checkpointing == (width == 2048)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,7 +153,8 @@ def test_a_wide_language_model_gets_the_papers_settings(parse, tmp_path, world):
     (["--out", "world/pretrain.json"], ["cannot write to"]),
     (["--stage", 3], ["--stage"]),
     (["--lr", "0"], ["--lr"]),
-    (["--plan", "--preset", "7b", "--gpus", 3], ["--batch-size 128", "3 processes"]),
+    (["--plan", "7b", "--gpus", 3], ["--batch-size 128", "3 processes"]),
+    (["--plan"], ["--plan"]),
 ])
 def test_mistake_is_one_line(error_of, world, arguments, words):
     Path("world").symlink_to(world)
@@ -228,8 +222,8 @@ def parse(monkeypatch):
 
 MODES = {
     "toy run": [], "stage 0": ["--stage", "0"], "stage 1": ["--stage", "1"],
-    "stage 2": ["--stage", "2"], "plan": ["--plan", "--preset", "7b"],
-    "plan of stage 2": ["--plan", "--preset", "13b", "--stage", "2"],
+    "stage 2": ["--stage", "2"], "plan": ["--plan", "7b"],
+    "plan of stage 2": ["--plan", "13b", "--stage", "2"],
 }
 
 
@@ -244,7 +238,7 @@ def values(parts, run_folder, model, tokenizer, world, tmp_path, monkeypatch):
         "--template": ["v0"], "--lora-rank": ["4"], "--data": [world / "instruct.json"],
         "--images": [world / "images"], "--eval-data": [world / "pretrain.json"],
         "--eval-images": [tmp_path], "--max-length": ["100"], "--skip-bad": [], "--workers": ["1"],
-        "--preset": ["7b"], "--epochs": ["2"], "--max-steps": ["3"], "--batch-size": ["64"],
+        "--epochs": ["2"], "--max-steps": ["3"], "--batch-size": ["64"],
         "--micro-batch-size": ["2"], "--lr": ["0.1"], "--seed": ["1"], "--dtype": ["bfloat16"],
         "--device": ["cpu"], "--no-gradient-checkpointing": [], "--compile": [],
         "--out": [tmp_path / "out"], "--save-every": ["7"], "--resume": [], "--gpus": ["4"],
@@ -282,8 +276,6 @@ def test_values_cover_all_flags_of_the_parser(parse, values):
 def test_each_pair_of_flags_is_refused_exactly_when_the_table_says_so(mode, parse, values, capsys):
     for pair in combinations(values, 2):
         words = command_line(mode, pair, values)
-        if len(set(words)) < len(words) and "--preset" in pair:
-            continue  # the mode has a --preset
         refused = refused_by_table(words)
         try:
             parse(*words)
@@ -299,14 +291,14 @@ def test_each_pair_of_flags_is_refused_exactly_when_the_table_says_so(mode, pars
 
 
 @pytest.mark.parametrize("mode", ["toy run", "stage 1", "stage 2"])
-def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values):
+def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values, monkeypatch):
+    monkeypatch.setattr(settings, "TOY_WIDTH", 0)  # all models train with gradient checkpointing
     stage = 1 if mode == "stage 1" else 2
     if stage == 1:
         Path("runs").rename("other")  # its --out must be empty
     companions = {
         "--images": ["--data"], "--data": ["--images"], "--skip-bad": ["--data", "--images"],
-        "--eval-images": ["--eval-data"], "--no-gradient-checkpointing": ["--preset"],
-        "--projector": ["--llm"], "--feature-layer": ["--llm"]}
+        "--eval-images": ["--eval-data"], "--projector": ["--llm"], "--feature-layer": ["--llm"]}
     no_settings = {"--device", "--resume"} if mode == "toy run" else {"--device"}
     # the device is resolved before the settings; the toy run resumes anyway
     for flag in values.keys() - no_settings:
@@ -330,8 +322,7 @@ def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values):
      "--no-gradient-checkpointing --gpus"),
 ])
 def test_flags_that_act_in_a_mode(mode, accepted, values):
-    flags = values.keys() - {"--preset"} if "plan" in mode else values.keys()
-    found = {flag for flag in flags if not refused_by_table(command_line(mode, [flag], values))}
+    found = {flag for flag in values if not refused_by_table(command_line(mode, [flag], values))}
     assert found == set(accepted.split())
 
 
@@ -343,7 +334,7 @@ def test_each_setting_is_used():
 @pytest.mark.parametrize("mode", ["plan", "plan of stage 2"])
 def test_each_flag_that_is_accepted_changes_the_plan(mode, command, values):
     _, plan, _ = command("train", *MODES[mode])
-    for flag in values.keys() - {"--preset"}:
+    for flag in values:
         words = command_line(mode, [flag], values)
         if not refused_by_table(words):
             code, other, _ = command("train", *words)
@@ -359,10 +350,9 @@ def test_each_flag_that_is_accepted_changes_the_plan(mode, command, values):
     (["--model", "a"], "--model has no effect without --stage: the toy run"),
     (["--eval-data", "a"], "--eval-data has no effect without --stage: the toy run"),
     (["--small-llm"], "--small-llm has no effect without --stage 0"),
-    (["--plan", "--preset", "7b", "--stage", "0"], "--plan has no effect with --stage 0"),
-    (["--plan"], "--plan has no effect without --preset 7b or --preset 13b"),
-    (["--plan", "--preset", "7b", "--out", "a"], "--out has no effect with --plan"),
-    (["--preset", "7b", "--gpus", "8", "--stage", "1"], "--gpus has no effect without --plan"),
+    (["--plan", "7b", "--stage", "0"], "--plan has no effect with --stage 0"),
+    (["--plan", "7b", "--out", "a"], "--out has no effect with --plan"),
+    (["--gpus", "8", "--stage", "1"], "--gpus has no effect without --plan"),
     (["--stage", "1", "--images", "a"], "--images has no effect without --data"),
     (["--stage", "1", "--skip-bad"], "--skip-bad has no effect without --data or --eval-data"),
 ])

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from nanollava import Llava
 from nanollava.infra.io import InputError, write_json
 from nanollava.infra.resume import Checkpoints
 from nanollava.infra.run_log import Run, read_log
+from nanollava.settings import TOY_WIDTH
 from nanollava.toy.muon import muon
 from nanollava.training import adamw
 from nanollava.weights import hf_config, hf_format
@@ -101,13 +103,15 @@ def test_stopped_and_killed_run_ends_in_equal_bits(arguments, tmp_path, monkeypa
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
-def test_four_ranks_take_the_same_steps_as_one(arguments, tmp_path, monkeypatch):
+def test_four_ranks_take_the_same_steps_as_one(arguments, config, tokenizer, tmp_path, monkeypatch):
     """With gradient checkpointing, and with a validation loss that rises."""
+    config.text.hidden_size = TOY_WIDTH  # the smallest that is trained with it
+    Llava(config).save_pretrained(tmp_path / "start", [tokenizer.path])
     rows = [{"conversations": [{"from": "human", "value": "Hi!"},
                                {"from": "gpt", "value": "JQ ZX @# 97 WV" * number}]}
             for number in range(1, 8)]  # seven rows: the ranks do not have equally many
     (tmp_path / "other.json").write_text(json.dumps(rows))
-    arguments += ["--preset", "7b", "--max-steps", "20", "--eval-data", tmp_path / "other.json"]
+    arguments += ["--max-steps", "20", "--eval-data", tmp_path / "other.json"]
     process = start_train(*arguments, "--out", tmp_path / "four", num_processes=4)
     run_train(monkeypatch, *arguments, "--out", tmp_path / "one")
     assert process.wait() == 0, process.stderr.read()
