@@ -18,7 +18,6 @@ import importlib.util
 import multiprocessing
 import re
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,10 +27,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from .conversation import IGNORE_INDEX
-from .image import open_image, preprocess
 from .infra import distributed
 from .infra.cli import Parser, format_table, one_line_errors, positive
 from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
@@ -78,14 +75,7 @@ def main(arguments) -> None:
         Llava(CONFIG).save_pretrained(folder)
         limits = machine_limits(dtype, device)
         results = race(sides, folder, dtype, device, arguments.repeat)
-        generate = sides["nanollava"].generator(folder, dtype, device)
-        ratio = late_token_ratio(generate, device, arguments.repeat)
-        rates = photographs_per_second(folder)
     print(results_table(results, limits))
-    print(f"a token after the first {NEW_TOKENS} takes {ratio:.2f} times as long as one of them")
-    for size, rate in rates.items():
-        print(f"one process prepares {rate:,.0f} photographs of 640 x 480 per second for a ViT of "
-              f"{size} pixels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,8 +194,7 @@ def transformers_training_step(folder: Path, dtype: torch.dtype, device: str,
     (optimizer,) = adamw(model, 1e-4)
 
     def step() -> torch.Tensor:
-        is_mixed = dtype != torch.float32
-        with torch.autocast(device.partition(":")[0], dtype, enabled=is_mixed):
+        with torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=tokens, pixel_values=images, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -262,8 +251,12 @@ def race(sides: dict[str, Side], folder: Path, dtype: torch.dtype, device: str,
     results["first token"] = first = time_tokens("first token", 1)
     all_tokens = time_tokens("next token", 1 + NEW_TOKENS)
     results["next token"] = {name: (all_tokens[name] - first[name]) / NEW_TOKENS for name in sides}
-    results["stage 2 memory"] = {name: peak_in_new_process(name, side, folder, dtype, device)
-                                 for name, side in sides.items()}
+    results["stage 2 memory"] = peaks = {}
+    for name, side in sides.items():
+        print0(f"measuring: memory of {name}")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a new process
+            future = pool.submit(peak_memory, side.training_step, folder, dtype, device)
+            peaks[name] = future.result()
     return results
 
 
@@ -278,13 +271,6 @@ def take_turns(label: str, functions: dict[str, Callable], device: str,
     return {name: min(turn[name] for turn in turns) for name in functions}
 
 
-def peak_in_new_process(name: str, side: Side, folder: Path, dtype: torch.dtype,
-                        device: str) -> float:
-    print0(f"measuring: memory of {name}")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_memory, side.training_step, folder, dtype, device).result()
-
-
 def peak_memory(make_step: Callable, folder: Path, dtype: torch.dtype, device: str) -> float:
     """Peak gigabytes of two steps of stage 2; on a CPU that includes the process's imports."""
     step = make_step(folder, dtype, device, 2)
@@ -295,27 +281,7 @@ def peak_memory(make_step: Callable, folder: Path, dtype: torch.dtype, device: s
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, ru_maxrss starts at the value of the parent process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
-def late_token_ratio(generate: Callable, device: str, repeat: int) -> float:
-    """How many times as long a late token takes as one of the first; 1 means no growth."""
-    print0("measuring: late tokens")
-    generate(2)  # the first call is always slower
-    first, some, many = (best_time(partial(generate, new), device, repeat)
-                         for new in (1, 1 + NEW_TOKENS, 1 + 4 * NEW_TOKENS))
-    return (many - some) / (3 * NEW_TOKENS) / ((some - first) / NEW_TOKENS)
-
-
-def photographs_per_second(folder: Path) -> dict[int, float]:
-    """{ViT image size: photographs of 640 x 480 that one process opens and prepares per second}."""
-    random = torch.Generator().manual_seed(0)
-    small = torch.randint(0, 256, (60, 80, 3), generator=random, dtype=torch.uint8).numpy()
-    path = folder / "photo.jpg"
-    Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
-    return {size: 1 / best_time(lambda: preprocess(open_image(path), size), "cpu", 20)
-            for size in (224, 336)}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
 
 def results_table(results: dict[str, dict[str, float]], limits: dict[str, float]) -> str:
