@@ -8,8 +8,9 @@ crowd out rare ones; `balance_captions` is that filter.
 import json
 import random
 import re
-from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,9 @@ def noun_phrases(caption: str) -> set[str]:
     """
     phrases = set()
     for clause in re.split(r"[^\w' -]+", caption.lower()):
-        run = []
-        for word in [*clause.split(), "a"]:
-            if word not in _OTHER_WORDS:
-                run.append(word)
-            elif run:
-                phrases.add(" ".join(run))
-                run = []
+        for separates, words in groupby(clause.split(), _OTHER_WORDS.__contains__):
+            if not separates:
+                phrases.add(" ".join(words))
     return phrases
 
 
@@ -60,26 +57,18 @@ def balance_captions(captions: Iterable[str], seed: int) -> list[int]:
     """The indices of the captions to keep, ascending: the paper's filter of CC3M.
 
     From the rarest noun phrase up, every caption with the phrase is kept, or MAX_CAPTIONS of them
-    at random if there are more. Phrases in fewer than MIN_COUNT captions are ignored. `captions`
-    may be a generator: memory holds each phrase once and two integers per phrase of a caption.
+    at random if there are more. Phrases in fewer than MIN_COUNT captions are ignored.
     """
-    # pairs (phrase, caption), one for each phrase of each caption
-    ids, phrase_ids, caption_ids = {}, array("i"), array("i")
+    by_phrase = defaultdict(list)  # phrase -> indices of the captions that contain it
     for index, caption in enumerate(captions):
-        for phrase in sorted(noun_phrases(caption)):
-            phrase_ids.append(ids.setdefault(phrase, len(ids)))
-            caption_ids.append(index)
-    phrase_ids, caption_ids = np.asarray(phrase_ids), np.asarray(caption_ids)
-    counts = np.bincount(phrase_ids, minlength=len(ids))
-    # the captions of phrase 0, then those of phrase 1, ...; phrase p's end before ends[p]
-    by_phrase, ends = caption_ids[phrase_ids.argsort(kind="stable")], counts.cumsum()
+        for phrase in sorted(noun_phrases(caption)):  # the order of a set changes from run to run
+            by_phrase[phrase].append(index)
     rng, kept = np.random.default_rng(seed), set()
-    for phrase in counts.argsort(kind="stable"):
-        found = by_phrase[ends[phrase] - counts[phrase] : ends[phrase]]
-        if len(found) > MAX_CAPTIONS:
-            found = rng.choice(found, MAX_CAPTIONS, replace=False)
-        if len(found) >= MIN_COUNT:
-            kept.update(found.tolist())
+    for indices in sorted(by_phrase.values(), key=len):
+        if len(indices) > MAX_CAPTIONS:
+            indices = rng.choice(indices, MAX_CAPTIONS, replace=False).tolist()
+        if len(indices) >= MIN_COUNT:
+            kept.update(indices)
     return sorted(kept)
 
 
@@ -119,8 +108,7 @@ def parse_line(path: Path, number: int, line: bytes):
 
 
 def check_pair(where: str, row) -> tuple[str, str]:
-    image, caption = (row.get(key) if isinstance(row, dict) else None
-                      for key in ("image", "caption"))
+    image, caption = (row.get("image"), row.get("caption")) if isinstance(row, dict) else ("", "")
     if not (isinstance(image, str) and isinstance(caption, str) and image and caption.strip()):
         raise InputError(f"{where} must have an image and a caption")
     if IMAGE_TOKEN in caption:
@@ -142,20 +130,21 @@ def write_pretrain(source: Path, out: Path, seed: int, balance: bool) -> tuple[i
     """
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the file of captions: choose another")
-    count, kept, written = sum(1 for _ in read_pairs(source)), None, 0
+    count = sum(1 for _ in read_pairs(source))
+    kept = range(count)
     if balance:
         pairs = progress(read_pairs(source), "counting phrases", "captions", count)
         kept = set(balance_captions((caption for _, caption in pairs), seed))
+    if not kept:
+        raise InputError(f"{source}: the filter keeps no caption" if count
+                         else f"{source} holds no captions")
     with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         pairs = progress(read_pairs(source), "writing", "captions", count)
+        separator = "["
         for number, (image, caption) in enumerate(pairs):
-            if kept is None or number in kept:
+            if number in kept:
                 row = pretrain_row(number, image, caption, seed)
-                file.write("[" if written == 0 else ",\n")
-                file.write(json.dumps(row, ensure_ascii=False))
-                written += 1
-        if not written:
-            raise InputError(f"{source}: the filter keeps no caption" if count
-                             else f"{source} holds no captions")
+                file.write(separator + json.dumps(row, ensure_ascii=False))
+                separator = ",\n"
         file.write("]\n")
-    return count, written
+    return count, len(kept)

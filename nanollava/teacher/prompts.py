@@ -92,94 +92,65 @@ def format_blocks(*pairs: tuple[str, str]) -> str:
 # Two imagined images and an ideal reply of each kind, as examples for the teacher:
 # (captions, boxes, {kind: reply})
 EXAMPLES = (
-    (
-        [
-            "A woman and a child on bicycles wait at a red light.",
-            "Two cyclists with helmets stop at a crossing in the rain.",
-            "A mother and her daughter sit on their bikes next to a yellow bus.",
-            "People on bikes at an intersection on a wet day.",
-        ],
-        [
-            ("person", [0.212, 0.301, 0.418, 0.894]),
-            ("person", [0.455, 0.472, 0.590, 0.900]),
-            ("bicycle", [0.190, 0.560, 0.440, 0.970]),
-            ("bicycle", [0.437, 0.640, 0.611, 0.962]),
-            ("bus", [0.620, 0.105, 1.000, 0.780]),
-            ("traffic light", [0.051, 0.020, 0.108, 0.190]),
-        ],
-        {
-            "conversation": format_blocks(
-                ("Who is waiting at the crossing?",
-                 "A woman and a child, both on bicycles. They seem to be mother and daughter."),
-                ("What are they wearing on their heads?", "Both wear helmets."),
-                ("Why have they stopped?",
-                 "The traffic light is red, so they wait at the crossing."),
-                ("What is the weather like?", "It is raining, and the street is wet."),
-                ("What color is the bus?", "The bus next to them is yellow."),
-            ),
-            "detail":
-                "On a rainy day, a woman and a child wait on their bicycles at a crossing. The "
-                "woman, on the left, is the larger of the two; the child sits on a smaller bicycle "
-                "to the right of her, so close that their wheels almost touch. Both wear helmets."
-                "\n\n"
-                "A yellow bus takes up much of the right side of the picture and stands beside "
-                "them, taller than the riders. High up in the left corner hangs a traffic light, "
-                "which shows red. The street is wet.",
-            "reasoning": format_blocks(
-                ("What should the two cyclists pay attention to when the light turns green?",
-                 "A bus stands right beside them, and from its seat the driver may overlook a "
-                 "child on a small bicycle. They should make sure that the driver has seen them, "
-                 "or let the bus go first. Besides, the street is wet from the rain: brakes take "
-                 "longer to grip and wheels slip more easily, so it is wise to start slowly and "
-                 "not to turn sharply."),
-                ("How does the woman look after the child's safety?",
-                 "Both of them wear helmets, so she has seen to it that the child is protected in "
-                 "a fall. She has also stopped at the red light, close by the child's side, which "
-                 "sets an example and lets her help at once if something happens."),
-            ),
-        },
-    ),
-    (
-        [
-            "A gray cat lies asleep on an open laptop.",
-            "A cat on a desk between a laptop and a cup.",
-            "There is a cat sleeping on the keyboard of a computer, and a white mug stands beside "
-            "it.",
-            "A desk with a cat, a laptop, a mug and two books on it.",
-        ],
-        [
-            ("cat", [0.280, 0.335, 0.742, 0.711]),
-            ("laptop", [0.215, 0.120, 0.798, 0.760]),
-            ("cup", [0.842, 0.415, 0.951, 0.640]),
-            ("book", [0.020, 0.610, 0.205, 0.742]),
-            ("book", [0.031, 0.560, 0.198, 0.618]),
-        ],
-        {
-            "conversation": format_blocks(
-                ("What animal is on the desk?", "A gray cat."),
-                ("What is it doing?", "It is asleep on the keyboard of an open laptop."),
-                ("How many books are on the desk?", "There are two books on the desk."),
-                ("What stands beside the cat?", "A white mug stands beside it."),
-            ),
-            "detail":
-                "A gray cat sleeps in the middle of a desk, stretched out on the keyboard of an "
-                "open laptop whose screen rises behind it. To the right of the computer, within "
-                "easy reach, stands a white mug. On the left edge of the desk two books lie one on "
-                "top of the other. The cat covers most of the keyboard, so that nobody could type.",
-            "reasoning": format_blocks(
-                ("Why might the cat have chosen this place to sleep?",
-                 "A laptop that is switched on gives off warmth, and cats like to lie where it is "
-                 "warm. The laptop is open, so it may well have been in use a moment ago, and the "
-                 "mug beside it suggests that somebody works at this desk. The place is also close "
-                 "to that person, which many cats enjoy."),
-                ("What would the owner of the laptop have to do before going on with work?",
-                 "The cat lies on the keyboard, so the owner would first have to move it, gently, "
-                 "for it is asleep. Then it would be wise to check what the weight of the cat has "
-                 "typed, and to keep the mug out of the way, for a cat that jumps up could tip it "
-                 "over the computer."),
-            ),
-        },
-    ),
+    (["A woman and a child on bicycles wait at a red light.",
+      "Two cyclists with helmets stop at a crossing in the rain.",
+      "A mother and her daughter sit on their bikes next to a yellow bus.",
+      "People on bikes at an intersection on a wet day."],
+     [("person", [0.212, 0.301, 0.418, 0.894]), ("person", [0.455, 0.472, 0.590, 0.900]),
+      ("bicycle", [0.190, 0.560, 0.440, 0.970]), ("bicycle", [0.437, 0.640, 0.611, 0.962]),
+      ("bus", [0.620, 0.105, 1.000, 0.780]), ("traffic light", [0.051, 0.020, 0.108, 0.190])],
+     {"conversation": format_blocks(
+          ("Who is waiting at the crossing?",
+           "A woman and a child, both on bicycles. They seem to be mother and daughter."),
+          ("What are they wearing on their heads?", "Both wear helmets."),
+          ("Why have they stopped?", "The traffic light is red, so they wait at the crossing."),
+          ("What is the weather like?", "It is raining, and the street is wet."),
+          ("What color is the bus?", "The bus next to them is yellow.")),
+      "detail":
+          "On a rainy day, a woman and a child wait on their bicycles at a crossing. The woman, on "
+          "the left, is the larger of the two; the child sits on a smaller bicycle to the right of "
+          "her, so close that their wheels almost touch. Both wear helmets.\n\n"
+          "A yellow bus takes up much of the right side of the picture and stands beside them, "
+          "taller than the riders. High up in the left corner hangs a traffic light, which shows "
+          "red. The street is wet.",
+      "reasoning": format_blocks(
+          ("What should the two cyclists pay attention to when the light turns green?",
+           "A bus stands right beside them, and from its seat the driver may overlook a child on a "
+           "small bicycle. They should make sure that the driver has seen them, or let the bus go "
+           "first. Besides, the street is wet from the rain: brakes take longer to grip and wheels "
+           "slip more easily, so it is wise to start slowly and not to turn sharply."),
+          ("How does the woman look after the child's safety?",
+           "Both of them wear helmets, so she has seen to it that the child is protected in a "
+           "fall. She has also stopped at the red light, close by the child's side, which sets an "
+           "example and lets her help at once if something happens."))}),
+    (["A gray cat lies asleep on an open laptop.",
+      "A cat on a desk between a laptop and a cup.",
+      "There is a cat sleeping on the keyboard of a computer, and a white mug stands beside it.",
+      "A desk with a cat, a laptop, a mug and two books on it."],
+     [("cat", [0.280, 0.335, 0.742, 0.711]), ("laptop", [0.215, 0.120, 0.798, 0.760]),
+      ("cup", [0.842, 0.415, 0.951, 0.640]), ("book", [0.020, 0.610, 0.205, 0.742]),
+      ("book", [0.031, 0.560, 0.198, 0.618])],
+     {"conversation": format_blocks(
+          ("What animal is on the desk?", "A gray cat."),
+          ("What is it doing?", "It is asleep on the keyboard of an open laptop."),
+          ("How many books are on the desk?", "There are two books on the desk."),
+          ("What stands beside the cat?", "A white mug stands beside it.")),
+      "detail":
+          "A gray cat sleeps in the middle of a desk, stretched out on the keyboard of an open "
+          "laptop whose screen rises behind it. To the right of the computer, within easy reach, "
+          "stands a white mug. On the left edge of the desk two books lie one on top of the other. "
+          "The cat covers most of the keyboard, so that nobody could type.",
+      "reasoning": format_blocks(
+          ("Why might the cat have chosen this place to sleep?",
+           "A laptop that is switched on gives off warmth, and cats like to lie where it is warm. "
+           "The laptop is open, so it may well have been in use a moment ago, and the mug beside "
+           "it suggests that somebody works at this desk. The place is also close to that person, "
+           "which many cats enjoy."),
+          ("What would the owner of the laptop have to do before going on with work?",
+           "The cat lies on the keyboard, so the owner would first have to move it, gently, for it "
+           "is asleep. Then it would be wise to check what the weight of the cat has typed, and "
+           "to keep the mug out of the way, for a cat that jumps up could tip it over the "
+           "computer."))}),
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -204,8 +175,8 @@ def messages(kind: str, captions: list[str], boxes: list[tuple[str, list[float]]
     request = [{"role": "system", "content": SYSTEM[kind]}]
     for example_captions, example_boxes, replies in EXAMPLES:
         text = context(kind, example_captions, example_boxes)
-        request.append({"role": "user", "content": text})
-        request.append({"role": "assistant", "content": replies[kind]})
+        request += [{"role": "user", "content": text},
+                    {"role": "assistant", "content": replies[kind]}]
     request.append({"role": "user", "content": context(kind, captions, boxes)})
     return request
 
@@ -279,9 +250,9 @@ def make_turns(texts: list[str], image_first: bool) -> list[dict]:
     The first turn holds the image and the question, [X_v, X_q] or [X_q, X_v].
     """
     question, *rest = texts
-    parts = [IMAGE_TOKEN, question] if image_first else [question, IMAGE_TOKEN]
+    first = f"{IMAGE_TOKEN}\n{question}" if image_first else f"{question}\n{IMAGE_TOKEN}"
     return [{"from": ("human", "gpt")[number % 2], "value": text}
-            for number, text in enumerate(["\n".join(parts), *rest])]
+            for number, text in enumerate([first, *rest])]
 
 
 def instruct_row(kind: str, image: AnnotatedImage, reply: str, seed: int) -> dict:
@@ -305,10 +276,7 @@ def job(kind: str, images: list[AnnotatedImage], ledger: Ledger, model: str, see
 
 
 def estimate(kind: str, images: list[AnnotatedImage]) -> tuple[int, int]:
-    """Estimated prompt and completion tokens of one answer per image.
-
-    An answer is taken to be as long as the examples are on average.
-    """
+    """Prompt and completion tokens, roughly: each answer as long as the examples on average."""
     *examples, _ = messages(kind, [], [])
     fixed = sum(guess_tokens(message["content"]) for message in examples)
     prompt = sum(fixed + guess_tokens(context(kind, image.captions, image.boxes))
