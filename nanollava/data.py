@@ -18,7 +18,7 @@ from .conversation import IGNORE_INDEX, tokenize_conversation
 from .data_checks import check_row, check_sources, format_errors, row_name
 from .image import open_image, preprocess
 from .infra import distributed
-from .infra.io import InputError, read_json_item
+from .infra.io import InputError, hash_file, read_json_item
 
 PAD_ROW = -1  # the index of a row without targets, which fills up a batch
 
@@ -49,7 +49,8 @@ class Conversations(torch.utils.data.Dataset):
         self.truncated = int((lengths > max_length).sum())  # rows whose end is cut off
         digest = hashlib.sha256()
         for path, images in sources:
-            digest.update(str(Path(images).resolve()).encode() + Path(path).read_bytes())
+            digest.update(str(Path(images).resolve()).encode())
+            hash_file(digest, path)
         self.digest = digest.hexdigest()[:12]  # tells a resumed run whether its data is the same
 
     def __len__(self) -> int:

@@ -12,6 +12,12 @@ try:
 except ImportError:  # Windows has no flock: lock_file does nothing there
     fcntl = None
 
+CHUNK = 2**20  # bytes of a large file that are read at a time
+DECODER = json.JSONDecoder()
+LIST_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # after UTF-8's byte order mark
+SEPARATORS = re.compile(r"[\s,]*")  # between two items
+ITEM_END = re.compile(r"[\s,\]]")  # follows a complete item: 12 may be the start of 12.5
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what it is, what to do."""
@@ -74,26 +80,34 @@ def write_json(path: str | Path, value, indent: int | None = None) -> None:
         temp.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate becomes "?"
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises InputError if it cannot be read."""
+@contextlib.contextmanager
+def reading(path: str | Path):
+    """Turn errors of reading a JSON file into InputError."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises InputError if it cannot be read."""
+    with reading(path):
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_json(path: str | Path):
     """The content of a JSON file. Raises InputError if it cannot be read or is not JSON."""
-    try:
+    with reading(path):
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
 
 
-SEPARATORS = re.compile(r"[\s,]*")  # between two items of a JSON list
-BYTE_ORDER_MARK = "\xef\xbb\xbf"  # of UTF-8, as Latin-1
+def hash_file(digest, path: str | Path) -> None:
+    """Feed a file to a `hashlib` object chunk by chunk."""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
 
 
 def read_json_list(path: str | Path):
@@ -104,29 +118,40 @@ def read_json_list(path: str | Path):
 def scan_json_list(path: str | Path):
     """Yield (item, start, end) for each item of a JSON list, which lies in bytes start to end.
 
-    The text of a large file fits in memory; all its items as Python objects may not.
+    Only a chunk of the file and one item are in memory at a time.
     Raises InputError if the file cannot be read or is not a JSON list.
     """
-    try:
-        # Latin-1 has one character for each byte, so a position in the text is one in the file
-        text = Path(path).read_bytes().decode("latin-1")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    decoder = json.JSONDecoder()
-    start = len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0
-    start = SEPARATORS.match(text, start).end()
-    if text[start : start + 1] != "[":
-        raise InputError(f"{path} is not a JSON list")
-    start = SEPARATORS.match(text, start + 1).end()
-    while text[start : start + 1] != "]":
-        try:
-            item, end = decoder.raw_decode(text, start)
-            if not text[start:end].isascii():  # now as the UTF-8 that it is
-                item = json.loads(text[start:end].encode("latin-1"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
-        yield item, start, end
-        start = SEPARATORS.match(text, end).end()
+    with reading(path), open(path, "rb") as file:
+        opening = LIST_START.match(file.read(CHUNK))
+        if not opening:
+            raise InputError(f"{path} is not a JSON list")
+        # Latin-1 has one character for each byte: text[i] is byte offset + i of the file
+        text, start, offset = "", 0, file.seek(opening.end())
+        while True:
+            start = SEPARATORS.match(text, start).end()
+            if text.startswith("]", start):
+                return
+            try:
+                item, end = decode_item(text, start)
+            except json.JSONDecodeError as error:  # most likely, the chunk ends inside this item
+                more = file.read(max(CHUNK, len(text) - start))
+                if not more:
+                    raise InputError(f"{path} is not JSON: {error.msg} in the item at byte "
+                                     f"{offset + start}") from error
+                text, start, offset = text[start:] + more.decode("latin-1"), 0, offset + start
+                continue
+            yield item, offset + start, offset + end
+            start = end
+
+
+def decode_item(text: str, start: int):
+    """An item of a list, and its end in the text, which is the file's bytes as Latin-1."""
+    item, end = DECODER.raw_decode(text, start)
+    if not ITEM_END.match(text, end):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+    if not text[start:end].isascii():  # now as the UTF-8 that it is
+        item = json.loads(text[start:end].encode("latin-1"))
+    return item, end
 
 
 def read_json_item(path: str | Path, start: int, end: int):

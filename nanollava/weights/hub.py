@@ -22,7 +22,7 @@ import requests
 import torch
 
 from ..infra.http import BearerAuth, is_invalid_request, read_api_key, retry_delay
-from ..infra.io import InputError, lock_file
+from ..infra.io import InputError, hash_file, lock_file
 from ..infra.progress import Progress
 from .safetensors_io import write_tensors
 
@@ -142,9 +142,7 @@ def download(file: RemoteFile, report) -> None:
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    hash_file(digest, path)
     return digest.hexdigest()
 
 

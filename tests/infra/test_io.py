@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from nanollava.infra import io
 from nanollava.infra.io import (
     InputError,
     atomic_folder,
@@ -66,6 +67,24 @@ def test_list_items_are_read_one_by_one(tmp_path):
     assert [next(reader), next(reader)] == [1, 2]
     with pytest.raises(InputError, match="a.json is not JSON"):
         next(reader)
+
+
+@pytest.mark.parametrize("chunk", range(6, 24))
+def test_chunks_of_any_size_give_the_same_items(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(io, "CHUNK", chunk)
+    items = [12.5, -1e-30, {"a": ["é日", "],", "\\\""]}, "", True, [], 7]
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff \n" + json.dumps(items, ensure_ascii=False, indent=chunk % 4), "utf-8")
+    scanned = list(scan_json_list(path))
+    assert [item for item, _, _ in scanned] == items
+    assert [read_json_item(path, start, end) for _, start, end in scanned] == items
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[", "[1", "[1, 2", "[1, {]", "[1 x]", "[1x]", "[\xff]"])
+def test_file_that_is_not_a_json_list_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="a.json is not (a JSON list|JSON: .*)$"):
+        list(read_json_list(tmp_path / "a.json"))
 
 
 def test_list_items_are_found_again_by_their_place_in_the_file(tmp_path):
