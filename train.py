@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from nanollava.conversation import TEMPLATES
-from nanollava.infra.cli import Parser, check_flags, one_line_errors, positive, seed
+from nanollava.infra.cli import Parser, check_flags, one_line_errors, percent_table, positive, seed
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
 from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_out,
@@ -110,7 +110,7 @@ if __name__ == "__main__":
 
 import torch
 
-from nanollava.benchmarks.report import percent_table, write_report
+from nanollava.benchmarks.report import write_report
 from nanollava.data import Conversations, eval_batches, length_grouped_batches, load_batches
 from nanollava.infra import distributed
 from nanollava.infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype

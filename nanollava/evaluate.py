@@ -15,7 +15,8 @@ from pathlib import Path
 
 from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
-from .infra.cli import Parser, add_command, check_flags, one_line_errors, positive
+from .infra.cli import (Parser, add_command, check_flags, one_line_errors, percent_table,
+                        positive)
 from .infra.io import InputError, read_json, read_json_list, read_jsonl, write_json
 from .infra.progress import print0, progress
 from .teacher.api import OPENAI, Chat
@@ -23,13 +24,9 @@ from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
 
 # By command, the flags that would be silently ignored: `check_flags` refuses them.
-NEEDS = {
-    "scienceqa": {"--gpt": ("--ensemble",), "--base-url": ("--ensemble",),
-                  "--workers": ("--ensemble",), "--batch-size": ("--model",),
-                  "--dtype": ("--model",), "--device": ("--model",)},
-    "bench": {"--images": ("--model",), "--batch-size": ("--model",), "--dtype": ("--model",),
-              "--device": ("--model",)},
-}
+MODEL_FLAGS = dict.fromkeys(("--batch-size", "--dtype", "--device"), ("--model",))
+CHAT_FLAGS = dict.fromkeys(("--gpt", "--base-url", "--workers"), ("--ensemble",))
+NEEDS = {"scienceqa": MODEL_FLAGS | CHAT_FLAGS, "bench": MODEL_FLAGS | {"--images": ("--model",)}}
 CONFLICTS = {
     "toy": {("--run", "--model"): "--model is evaluated without the controls of a run"},
 }
@@ -46,15 +43,16 @@ def parse_arguments():
 
 def main(arguments) -> None:
     check_flags(arguments, NEEDS.get(arguments.command, {}), CONFLICTS.get(arguments.command, {}))
+    if "answers" in arguments and not arguments.model and not arguments.answers:
+        raise InputError("give --model, a LLaVA that answers, or --answers, a file of its answers")
     _, run = COMMANDS[arguments.command]
-    run(arguments)
+    text, result = run(arguments)
+    print(text)
+    if "out" in arguments and arguments.out:
+        write_json(arguments.out, result, indent=2)
 
 
 # Modules that import torch are imported inside the commands, so that --help answers without delay.
-
-
-# ---------------------------------------------------------------------------------------------
-# toy
 
 
 def add_toy_arguments(add) -> None:
@@ -68,9 +66,8 @@ def add_toy_arguments(add) -> None:
     add_device(add)
 
 
-def evaluate_toy(arguments) -> None:
+def evaluate_toy(arguments) -> tuple[str, dict]:
     """Accuracy on the toy world's test questions, with two controls."""
-    from .benchmarks.report import percent_table
     from .infra.device import best_device
     from .llava import Llava
     from .tokenizer import Tokenizer
@@ -87,13 +84,7 @@ def evaluate_toy(arguments) -> None:
         columns, rows, predictions = evaluate_run(
             arguments.run, arguments.data, device, arguments.limit)
         write_run_report(arguments.run, arguments.data, columns, rows, predictions)
-    print(percent_table(columns))
-    if arguments.out:
-        write_json(arguments.out, columns, indent=2)
-
-
-# ---------------------------------------------------------------------------------------------
-# ablations
+    return percent_table(columns), columns
 
 
 def add_ablation_arguments(add) -> None:
@@ -108,33 +99,23 @@ def add_ablation_arguments(add) -> None:
     add("--out", type=Path, help="also write all results to this file, as JSON")
 
 
-def evaluate_ablations(arguments) -> None:
+def evaluate_ablations(arguments) -> tuple[str, dict]:
     """The paper's ablations, tables 4 and 8, on the toy world."""
     from .toy import ablations
 
     # SIGTERM then ends this process as Ctrl-C does, and with it the processes it started
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = arguments.run.resolve()
-    check_steps(root / "steps.json", arguments.steps)
+    steps_file = root / "steps.json"
+    if steps_file.exists() and read_json(steps_file) != arguments.steps:
+        raise InputError(f"{root} has runs of {read_json(steps_file)} steps: repeat that --steps "
+                         "or choose another --run")
+    write_json(steps_file, arguments.steps)
     ablations.write_data(root)
     tasks = ablations.list_tasks(root, arguments.seeds, arguments.steps)
     ablations.run_tasks(tasks, arguments.jobs)
     results = ablations.read_results(root, arguments.seeds)
-    print(ablations.format_results(results))
-    if arguments.out:
-        write_json(arguments.out, results, indent=2)
-
-
-def check_steps(path: Path, steps: int) -> None:
-    """Raise InputError if the finished runs of the folder had another number of steps."""
-    if path.exists() and read_json(path) != steps:
-        raise InputError(f"{path.parent} has runs of {read_json(path)} steps: repeat that --steps "
-                         "or choose another --run")
-    write_json(path, steps)
-
-
-# ---------------------------------------------------------------------------------------------
-# report
+    return ablations.format_results(results), results
 
 
 def add_report_arguments(add) -> None:
@@ -148,7 +129,7 @@ def add_report_arguments(add) -> None:
     add_device(add)
 
 
-def evaluate_report(arguments) -> None:
+def evaluate_report(arguments) -> tuple[str, None]:
     """Write a page with the losses of a run and its replies to rows of a file."""
     from .benchmarks.report import Exchange, write_report
     from .chat import stream_reply
@@ -172,11 +153,7 @@ def evaluate_report(arguments) -> None:
     path = arguments.model / "report.html"
     curves = {"Training": read_log(arguments.model / "log.jsonl")}
     write_report(path, str(arguments.model), curves, cards=cards)
-    print(path)
-
-
-# ---------------------------------------------------------------------------------------------
-# scienceqa
+    return str(path), None
 
 
 def add_scienceqa_arguments(add) -> None:
@@ -190,26 +167,21 @@ def add_scienceqa_arguments(add) -> None:
     add_answers(add, "scienceqa-SPLIT.jsonl")
 
 
-def evaluate_scienceqa(arguments) -> None:
+def evaluate_scienceqa(arguments) -> tuple[str, dict]:
     """ScienceQA accuracy by category, the columns of table 6."""
-    from .benchmarks.report import percent_table
-
-    check_answers(arguments)
     problems = scienceqa.read_problems(arguments.data, arguments.split)
     questions = scienceqa.questions_with_images(problems, arguments.data / arguments.split)
-    llava = collect_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl")
-    answers = {"LLaVA": llava}
+    answers = {
+        "LLaVA": collect_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl")}
     if arguments.ensemble:
-        answers |= ensembles(arguments, problems, llava)
+        answers |= ensembles(arguments, problems, answers["LLaVA"])
     scores = {name: scienceqa.score(problems, replies) for name, replies in answers.items()}
     columns = {name: {category: percent for category, percent in score["accuracy"].items()
                       if percent is not None} for name, score in scores.items()}
-    print(percent_table(columns))
     for name, score in scores.items():
         print0(f"{name}: {len(problems)} problems, {score['unreadable']} replies name no option, "
                f"{score['missing']} replies missing")
-    if arguments.out:
-        write_json(arguments.out, scores.pop("LLaVA") | scores, indent=2)
+    return percent_table(columns), scores.pop("LLaVA") | scores
 
 
 def ensembles(arguments, problems: dict, llava: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -229,10 +201,6 @@ def ensembles(arguments, problems: dict, llava: dict[str, str]) -> dict[str, dic
     return {"GPT-4": gpt, "complement": combined, "judge": combined | verdicts}
 
 
-# ---------------------------------------------------------------------------------------------
-# bench
-
-
 def add_bench_arguments(add) -> None:
     add("--questions", type=Path, required=True, help="JSONL of question_id, image, text, category")
     add("--reference", type=Path, required=True,
@@ -248,11 +216,8 @@ def add_bench_arguments(add) -> None:
     add_answers(add, "bench.jsonl")
 
 
-def evaluate_bench(arguments) -> None:
+def evaluate_bench(arguments) -> tuple[str, dict]:
     """LLaVA-Bench, table 4: GPT-4 grades replies relative to its own."""
-    from .benchmarks.report import percent_table
-
-    check_answers(arguments)
     if arguments.model and not arguments.images:
         raise InputError("--model needs --images, the folder of the images")
     rows = read_jsonl(arguments.questions, ("question_id", "image", "text", "category"))
@@ -265,12 +230,11 @@ def evaluate_bench(arguments) -> None:
         job = llava_bench.judge_job(items, arguments.both_orders, ledger, arguments.gpt)
         ask_all(job, arguments)
         result = llava_bench.summarize(job)
-    write_json(arguments.out, result, indent=2)
-    print(percent_table({"relative": {category: scores["relative"]
-                                      for category, scores in result["scores"].items()}}))
     if result["without_grade"]:
         print0(f"no grade for {', '.join(result['without_grade'])}: the means leave them out. "
                f"Run the command again to ask for those rejected fewer than {TRIES} times.")
+    relative = {category: scores["relative"] for category, scores in result["scores"].items()}
+    return percent_table({"relative": relative}), result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,12 +279,6 @@ def open_model(arguments):
 
     device = best_device(arguments.device)
     return open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
-
-
-def check_answers(arguments) -> None:
-    """Raise InputError if no flag says where the answers come from."""
-    if not arguments.model and not arguments.answers:
-        raise InputError("give --model, a LLaVA that answers, or --answers, a file of its answers")
 
 
 def collect_answers(arguments, questions: dict, default: str) -> dict[str, str]:

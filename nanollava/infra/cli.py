@@ -103,6 +103,18 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(texts)
 
 
+def percent_table(columns: dict[str, dict[str, float]]) -> str:
+    """Percentages, {column: {row: percent}}, as text. The first column names the rows.
+
+    A cell is empty where its column lacks the row.
+    """
+    rows = []
+    for name in next(iter(columns.values())):
+        cells = (f"{column[name]:.1f}%" if name in column else "" for column in columns.values())
+        rows.append([name, *cells])
+    return format_table(["", *columns], rows)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Around a command: a user's error ends it with one line on standard error and exit code 2."""

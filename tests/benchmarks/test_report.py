@@ -6,7 +6,6 @@ from nanollava.benchmarks.report import (
     Exchange,
     axis_ticks,
     loss_curve,
-    percent_table,
     running_mean,
     write_report,
 )
@@ -56,13 +55,6 @@ def test_loss_curve_falls_with_the_loss_and_marks_validation():
 
 def test_loss_curve_of_one_step_and_of_loss_zero():
     assert loss_curve(LOG[:1]) and loss_curve([{"step": 0, "loss": 0.0}])
-
-
-def test_percent_table_leaves_missing_cells_empty():
-    lines = percent_table({"one": {"kind": 50.0, "all": 80.0}, "other": {"all": 7.25}}).splitlines()
-    assert lines[0].split() == ["one", "other"]
-    assert lines[1].split() == ["kind", "50.0%"]
-    assert lines[2].split() == ["all", "80.0%", "7.2%"]
 
 
 def test_report_is_one_file_with_all_its_parts(world, tmp_path):

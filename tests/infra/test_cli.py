@@ -1,6 +1,13 @@
 import pytest
 
-from nanollava.infra.cli import Parser, check_flags, format_table, one_line_errors, positive
+from nanollava.infra.cli import (
+    Parser,
+    check_flags,
+    format_table,
+    one_line_errors,
+    percent_table,
+    positive,
+)
 from nanollava.infra.io import InputError
 
 NEEDS = {"--top": ("--data", "--stage 2")}
@@ -60,3 +67,10 @@ def test_table_aligns_numbers_right_and_fills_short_rows():
         "kind       here   paper\n"
         "all        7.2%     88%\n"
         "counts   100.0%")
+
+
+def test_percent_table_leaves_missing_cells_empty():
+    lines = percent_table({"one": {"kind": 50.0, "all": 80.0}, "other": {"all": 7.25}}).splitlines()
+    assert lines[0].split() == ["one", "other"]
+    assert lines[1].split() == ["kind", "50.0%"]
+    assert lines[2].split() == ["all", "80.0%", "7.2%"]
