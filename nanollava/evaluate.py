@@ -23,13 +23,13 @@ from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
 
-# By command, the flags that would be silently ignored: `check_flags` refuses them.
+# Modules that import torch are imported inside the commands, so that --help answers without delay.
+
 MODEL_FLAGS = dict.fromkeys(("--batch-size", "--dtype", "--device"), ("--model",))
 CHAT_FLAGS = dict.fromkeys(("--gpt", "--base-url", "--workers"), ("--ensemble",))
+# By command, the flags that would be silently ignored: `check_flags` refuses them.
 NEEDS = {"scienceqa": MODEL_FLAGS | CHAT_FLAGS, "bench": MODEL_FLAGS | {"--images": ("--model",)}}
-CONFLICTS = {
-    "toy": {("--run", "--model"): "--model is evaluated without the controls of a run"},
-}
+CONFLICTS = {"toy": {("--run", "--model"): "--model is evaluated without the controls of a run"}}
 
 
 def parse_arguments():
@@ -50,9 +50,6 @@ def main(arguments) -> None:
     print(text)
     if "out" in arguments and arguments.out:
         write_json(arguments.out, result, indent=2)
-
-
-# Modules that import torch are imported inside the commands, so that --help answers without delay.
 
 
 def add_toy_arguments(add) -> None:

@@ -11,14 +11,14 @@ from ..infra.io import read_jsonl
 from ..infra.progress import Progress
 
 
-def read_answers(path: str | Path) -> dict[str, str]:
+def read_answers(path: Path) -> dict[str, str]:
     """Replies by question id. If a question occurs twice, its last reply counts."""
     rows = read_jsonl(path, ("question_id", "text"))
     return {str(row["question_id"]): str(row["text"]) for row in rows}
 
 
 def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], path: Path,
-               batch_size: int = 16, max_new_tokens: int = 512) -> dict[str, str]:
+               batch_size: int) -> dict[str, str]:
     """The model's replies by question id, appended to a JSONL file batch by batch.
 
     questions: {id: (text, image files)}; `<image>` in the text marks the place of each image.
@@ -37,7 +37,7 @@ def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], p
             conversations = [[{"from": "human", "value": questions[key][0]}] for key in batch]
             replies = generate_replies(model, tokenizer, conversations,
                                        torch.stack(images) if images else None,
-                                       max_new_tokens=max_new_tokens)
+                                       max_new_tokens=512)
             for key, reply in zip(batch, replies):
                 answers[key] = reply
                 file.write(json.dumps({"question_id": key, "text": reply}) + "\n")

@@ -6,7 +6,6 @@ does not see the image, can answer too: as a complement to LLaVA, or as a judge 
 """
 
 import re
-from collections import Counter
 from pathlib import Path
 
 from ..conversation import IMAGE_TOKEN
@@ -32,12 +31,11 @@ FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "subject
           "grade": str, "lecture": str, "solution": str}
 
 
-def read_problems(folder: str | Path, split: str) -> dict[str, dict]:
+def read_problems(folder: Path, split: str) -> dict[str, dict]:
     """The problems of a split by id, in the order of pid_splits.json.
 
     Raises InputError that names the missing file, split or field.
     """
-    folder = Path(folder)
     all_problems = read_json(folder / "problems.json")
     splits = read_json(folder / "pid_splits.json")
     if not isinstance(all_problems, dict):
@@ -84,7 +82,7 @@ def format_answer(problem: dict, order: str = "reason-first") -> str:
     return "\n".join([letter, *reasons] if order == "answer-first" else [*reasons, letter])
 
 
-def read_rows(folder: str | Path, split: str, order: str = "reason-first") -> list[dict]:
+def read_rows(folder: Path, split: str, order: str = "reason-first") -> list[dict]:
     """A split as rows of LLaVA JSON. Image paths are relative to `folder`: split/id/image.png."""
     rows = []
     for problem_id, problem in read_problems(folder, split).items():
@@ -107,18 +105,18 @@ def questions_with_images(problems: dict[str, dict],
     return questions
 
 
-def parse_choice(reply: str, num_choices: int) -> int | None:
-    """The index of the option that a reply names.
+def parse_choice(reply: str, problem: dict) -> int | None:
+    """The index of the problem's option that a reply names.
 
     "The answer is B." counts anywhere in the reply; so does a reply that begins with a letter
-    alone: "B", "(B)", "B. A comet". None if the reply names no option, several, or one beyond
-    `num_choices`.
+    alone: "B", "(B)", "B. A comet". None if the reply names no option, several, or one that the
+    problem does not have.
     """
     reply = reply.strip()
     letters = (re.findall(r"(?i:answer is):? *\(?([A-J])\b", reply)
                or re.findall(r"^\(?([A-J])(?:[).:]|$)", reply))
     options = {LETTERS.index(letter) for letter in letters}
-    return options.pop() if len(options) == 1 and max(options) < num_choices else None
+    return options.pop() if len(options) == 1 and max(options) < len(problem["choices"]) else None
 
 
 def score(problems: dict[str, dict], answers: dict[str, str]) -> dict:
@@ -127,22 +125,19 @@ def score(problems: dict[str, dict], answers: dict[str, str]) -> dict:
 
     An unreadable or missing reply counts as wrong. A category without problems has accuracy None.
     """
-    correct, counts, unreadable, missing = Counter(), Counter(), 0, 0
+    counts, correct = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
+    unreadable = 0
     for problem_id, problem in problems.items():
-        choice = parse_choice(answers.get(problem_id, ""), len(problem["choices"]))
-        missing += problem_id not in answers
+        choice = parse_choice(answers.get(problem_id, ""), problem)
         unreadable += problem_id in answers and choice is None
         for category, includes in CATEGORIES.items():
             if includes(problem):
                 counts[category] += 1
                 correct[category] += choice == problem["answer"]
-    return {
-        "accuracy": {category: 100 * correct[category] / counts[category]
-                     if counts[category] else None for category in CATEGORIES},
-        "counts": {category: counts[category] for category in CATEGORIES},
-        "unreadable": unreadable,
-        "missing": missing,
-    }
+    accuracy = {category: 100 * correct[category] / count if count else None
+                for category, count in counts.items()}
+    return {"accuracy": accuracy, "counts": counts, "unreadable": unreadable,
+            "missing": len(problems.keys() - answers.keys())}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,9 +180,6 @@ def verdict_job(problems: dict[str, dict], llava: dict[str, str], gpt: dict[str,
                 ledger: Ledger, model: str) -> Job:
     """The job that asks GPT-4 for a final answer where the answers of LLaVA and GPT-4 differ."""
 
-    def choice(problem_id: str, replies: dict[str, str]) -> int | None:
-        return parse_choice(replies.get(problem_id, ""), len(problems[problem_id]["choices"]))
-
     def messages(problem_id: str) -> list[dict]:
         parts = [text_only_question(problems[problem_id])]
         for number, replies in enumerate((llava, gpt), 1):
@@ -197,12 +189,13 @@ def verdict_job(problems: dict[str, dict], llava: dict[str, str], gpt: dict[str,
                 {"role": "user", "content": "\n\n".join(parts)}]
 
     def parse(problem_id: str, reply: str) -> str:
-        if parse_choice(reply, len(problems[problem_id]["choices"])) is None:
+        if parse_choice(reply, problems[problem_id]) is None:
             raise ValueError("the reply names no option")
         return reply
 
-    disputed = [problem_id for problem_id in problems
-                if choice(problem_id, llava) != choice(problem_id, gpt)]
+    disputed = [problem_id for problem_id, problem in problems.items()
+                if parse_choice(llava.get(problem_id, ""), problem)
+                != parse_choice(gpt.get(problem_id, ""), problem)]
     return Job("verdict", model, ledger, disputed, "problems", item_id=str,
                messages=messages, parse=parse)
 
@@ -211,5 +204,5 @@ def complement(problems: dict[str, dict], llava: dict[str, str],
                gpt: dict[str, str]) -> dict[str, str]:
     """GPT-4's answers, and LLaVA's for the problems where GPT-4 names no option."""
     readable = {problem_id: reply for problem_id, reply in gpt.items()
-                if parse_choice(reply, len(problems[problem_id]["choices"])) is not None}
+                if parse_choice(reply, problems[problem_id]) is not None}
     return llava | readable

@@ -14,7 +14,7 @@ def test_answers_are_saved_and_not_made_twice(model, tokenizer, world, tmp_path)
     assert answer_all(model, tokenizer, questions, path, batch_size=2) == expected
     assert read_answers(path) == expected
     model.generate = None  # would fail if it were called
-    assert answer_all(model, tokenizer, questions, path) == expected
+    assert answer_all(model, tokenizer, questions, path, batch_size=2) == expected
 
 
 def test_answers_made_by_another_program_are_read(tmp_path):

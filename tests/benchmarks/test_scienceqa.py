@@ -59,7 +59,7 @@ def test_question_does_not_depend_on_the_answer():
     ("The answer is B. Yes, the answer is B.", 1),
 ])
 def test_parse_choice_returns_the_only_option_named(reply, choice):
-    assert parse_choice(reply, num_choices=2) == choice
+    assert parse_choice(reply, COMET) == choice
 
 
 def test_score_counts_unreadable_replies_as_wrong(folder):
