@@ -168,8 +168,8 @@ def evaluate_scienceqa(arguments) -> tuple[str, dict]:
     """ScienceQA accuracy by category, the columns of table 6."""
     problems = scienceqa.read_problems(arguments.data, arguments.split)
     questions = scienceqa.questions_with_images(problems, arguments.data / arguments.split)
-    answers = {
-        "LLaVA": collect_answers(arguments, questions, f"scienceqa-{arguments.split}.jsonl")}
+    file_name = f"scienceqa-{arguments.split}.jsonl"
+    answers = {"LLaVA": collect_answers(arguments, questions, file_name)}
     if arguments.ensemble:
         answers |= ensembles(arguments, problems, answers["LLaVA"])
     scores = {name: scienceqa.score(problems, replies) for name, replies in answers.items()}

@@ -78,8 +78,7 @@ def gradients_and_activations(model: Llava, rows: int, tokens: int, targets: int
     text, block = model.config.text, model.language_model.model.layers[0]
     D, H, num_blocks = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     # query and attention output; key and value
-    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    stored = heads
+    stored = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
     stored += 2 * H  # outputs of gate_proj and up_proj; their product is recomputed
     stored += 2 * D  # inputs of the two norms (a CPU's norm stores D more)
     if count_parameters(block, trainable_only=True):

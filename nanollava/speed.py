@@ -243,14 +243,11 @@ def race(sides: dict[str, Side], folder: Path, dtype: torch.dtype, device: str,
                              f"{stage} are {losses}")
         results[f"stage {stage} step"] = take_turns(f"stage {stage} step", steps, device, repeat)
     generate = {name: side.generator(folder, dtype, device) for name, side in sides.items()}
-
-    def time_tokens(label: str, new: int) -> dict[str, float]:
+    for label, new in (("first token", 1), ("next token", 1 + NEW_TOKENS)):
         functions = {name: partial(function, new) for name, function in generate.items()}
-        return take_turns(label, functions, device, repeat)
-
-    results["first token"] = first = time_tokens("first token", 1)
-    all_tokens = time_tokens("next token", 1 + NEW_TOKENS)
-    results["next token"] = {name: (all_tokens[name] - first[name]) / NEW_TOKENS for name in sides}
+        results[label] = take_turns(label, functions, device, repeat)
+    for name, first in results["first token"].items():
+        results["next token"][name] = (results["next token"][name] - first) / NEW_TOKENS
     results["stage 2 memory"] = peaks = {}
     for name, side in sides.items():
         print0(f"measuring: memory of {name}")

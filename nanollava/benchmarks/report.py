@@ -109,7 +109,7 @@ def svg_text(x: float, y: float, anchor: str, number: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Accuracy, images with replies
+# Accuracy, images with replies, the page
 
 
 def html_table(columns: dict[str, dict[str, float]]) -> str:
@@ -151,10 +151,6 @@ def html_card(image: Path | None, exchanges: list[Exchange]) -> str:
             lines.append(f'<span class="truth">{escape(exchange.answer)}</span>')
         lines.append("</p>")
     return f'<div>{"".join(lines)}</div>'
-
-
-# ---------------------------------------------------------------------------------------------
-# The page
 
 
 def write_report(path: Path, title: str, curves: dict[str, list[dict]],
