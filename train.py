@@ -37,7 +37,7 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.stage == 2 and not (arguments.model or arguments.vision_tower or arguments.llm):
         arguments.model = TOY_RUN / "stage1"
-        arguments.settings.add(f"--model {arguments.model}")
+        arguments.settings.add(f"--model {arguments.model}")  # for check_flags
     with one_line_errors():
         check_flags(arguments, NEEDS, CONFLICTS)
     return arguments
@@ -191,7 +191,7 @@ def train_stage(settings: Settings) -> None:
         return print0(f"{out} is finished")
     torch.manual_seed(settings.seed)  # for a new projector and LoRA's matrices
 
-    # 1. the model, so far memory-mapped files on the CPU, and the data
+    # 1. the model (still memory-mapped on the CPU) and the data
     model, tokenizer = open_model(settings)
     dataset = open_data(settings.sources, tokenizer, model, settings)
     val_set = open_data(settings.eval_sources, tokenizer, model, settings)
@@ -259,7 +259,7 @@ def prepare_model(model: Llava, settings: Settings) -> None:
     freeze(model, settings.stage, settings.lora_rank)
     dtype = best_dtype(settings.device, settings.dtype)
     model.compute_dtype = pick_compute_dtype(dtype, settings.device)
-    # a compiled block contains its recomputation, and a sharded block contains both
+    # recomputation is innermost, then compilation, then sharding: each wraps the ones before
     recompute_swiglu(model.language_model)
     if settings.gradient_checkpointing:
         apply_gradient_checkpointing(model.language_model)
@@ -270,7 +270,7 @@ def prepare_model(model: Llava, settings: Settings) -> None:
 
 
 def run_identity(settings: Settings, model: Llava, dataset: Conversations, num_steps: int) -> dict:
-    """What a run must have in common with its checkpoints, or it would not end in the same bits."""
+    """What a run must share with its checkpoints, or the result would not be bit-identical."""
     start = [settings.model] if settings.model else [settings.vision_tower, settings.llm]
     weights = " ".join(map(safetensors_io.fingerprint, start))
     return dict(

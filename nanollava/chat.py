@@ -38,8 +38,8 @@ def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, To
 def stop_condition(model: Llava, tokenizer: Tokenizer) -> tuple[int | None, str | None]:
     """(token, text), one of them None: what ends a reply under the model's template.
 
-    A stop that is text is compared as text, because the model can write it in several ways:
-    "###" as `###`, as `#|##`, or joined to what comes before.
+    A textual stop is matched in the decoded text, because several token sequences spell it:
+    `###`, `#|##`, or joined to what comes before.
     """
     stop = TEMPLATES[model.config.template].stop
     return (tokenizer.eos_id, None) if stop is None else (None, stop)

@@ -2,8 +2,8 @@
 
 The model learns to predict the answers and the stop after each answer, nothing else. Tokens and
 labels are built together, piece by piece: each stretch of text between special items (BOS, image,
-stop) is encoded once, and it is either learned or only read. No text is tokenized a second time to
-find where an answer begins.
+stop) is encoded once, and it is a target or it is not. No text is tokenized a second time to find
+where an answer begins.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,7 @@ class Template:
     stop: str | None
 
 
-# "v0" is the paper's, "vicuna_v1" the default: Vicuna from v1.1 on and the public LLaVA-1.5 use it,
-# and its stop is one token, EOS, which no text contains. The stop of "v0" is text, and text has
-# several encodings. SentencePiece puts a ▁ (a space) before each stretch that it encodes. In the
-# toy vocabulary, two turns of a conversation read, with { } around what is learned:
-#
-#     v0          ▁What ? # # # A s s is t ant : {▁A ▁cat . ▁ # # #} ▁H um an : ...
-#     vicuna_v1   ▁What ? ▁ASSISTANT : {▁A ▁cat . </s>} ▁USER : ...
-#
-# The first ### is part of the stretch that ends with "Assistant:", so it has no ▁. The second one
-# is the learned stop, a stretch of its own, so it has a ▁.
-TEMPLATES = {
+TEMPLATES = {  # the comment below compares the first two
     "v0": Template(
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions.###",
@@ -45,6 +35,18 @@ TEMPLATES = {
         "USER: ", " ASSISTANT:", None),
     "plain": Template("", "", "", "\n"),  # LLaVA-1.5's stage 1: an image, then its caption
 }
+
+# "v0" is the paper's template. "vicuna_v1" is the default, because Vicuna from v1.1 on and the
+# public LLaVA-1.5 use it, and because its stop is a single token, EOS, which no text contains.
+#
+# The stop of "v0" is text, and the same text has several encodings: SentencePiece puts a ▁ (a
+# space) in front of each stretch that it encodes. Two turns, with { } around the targets:
+#
+#     vicuna_v1   ▁What|? ▁ASSISTANT|: {▁A|▁cat|.|</s>} ▁USER|: ...
+#     v0          ▁What|?|#|#|#|Assistant|: {▁A|▁cat|.|▁|#|#|#} ▁Human|: ...
+#
+# The ### before "Assistant" is inside a stretch and has no ▁. The learned stop is a stretch of
+# its own and has one. So a reply of "v0" is matched against its stop as text, not as tokens.
 
 
 def check_turns(turns: list[dict]) -> None:

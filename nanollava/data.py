@@ -26,10 +26,10 @@ PAD_ROW = -1  # the index of a row without targets, which fills up a batch
 class Conversations(torch.utils.data.Dataset):
     """The rows of LLaVA JSON files.
 
-    Only the place of each row in its file stays in memory, 6 MB for 150,000 rows.
+    Only the place of each row in its file stays in memory, about 15 MB for 150,000 rows.
 
     sources: pairs of a JSON file and the folder of its images.
-    max_length: tokens of a row; what lies beyond is cut off.
+    max_length: tokens of a row, at most what the model reads; the rest is cut off.
     skip_bad: leave out rows that cannot be trained on.
     Raises InputError, naming file and row, if there are such rows: without an answer, with answers
     or images beyond max_length, with a wrong number of `<image>`, or with images that do not open.
@@ -46,7 +46,7 @@ class Conversations(torch.utils.data.Dataset):
         lengths = np.array(lengths)[good]
         self.lengths = np.minimum(lengths, max_length)  # (rows,), estimated, see row_length
         self.skipped = len(errors)  # rows that are left out
-        self.truncated = int((lengths > max_length).sum())  # rows whose end is cut off
+        self.truncated = int((lengths > max_length).sum())  # rows that are cut off at the end
         digest = hashlib.sha256()
         for path, images in sources:
             digest.update(str(Path(images).resolve()).encode())

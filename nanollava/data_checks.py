@@ -40,7 +40,8 @@ def check_row(row) -> tuple[list[dict], list[str]]:
 def row_length(turns: list[dict], tokenize: Callable, config, max_length: int) -> int:
     """The number of tokens of a row: exact if it may exceed max_length, else estimated from bytes.
 
-    Tokenizing all of 150,000 rows would take a minute. The estimate is good enough to sort by.
+    Most rows are so short that they fit without a look at their tokens, and an estimate is good
+    enough to sort by. Tokenizing all of 150,000 rows would take a minute.
     Raises ValueError if max_length cuts off all answers, or an image.
     """
     template = TEMPLATES[config.template]
@@ -50,7 +51,7 @@ def row_length(turns: list[dict], tokenize: Callable, config, max_length: int) -
     num_image_tokens = text.count(IMAGE_TOKEN) * config.tokens_per_image
     # Upper bound: a token has at least one byte; BOS, stops and the ▁ of SentencePiece are extra.
     if num_bytes + num_image_tokens + 4 * len(turns) <= max_length:
-        # English has about 4 bytes a token; each turn is encoded apart, which costs about 2 tokens
+        # English has about 4 bytes a token; encoding each turn separately adds about 2 tokens
         return num_bytes // 4 + num_image_tokens + 2 * len(turns)
     tokens, labels = tokenize(turns)
     remedy = "raise --max-length or shorten the row"

@@ -15,7 +15,7 @@ from .infra.io import InputError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
-# each of the 256 values, normalized, by channel (3, 256): a lookup is faster than arithmetic
+# (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic
 NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - np.float32([MEAN]).T) / np.float32([STD]).T
 
 # what Pillow raises for a broken file

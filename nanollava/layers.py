@@ -15,7 +15,8 @@ from .infra import cpu
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, exact=True):
     """x (..., in) times weight (out, in), plus bias (out,), in the dtype of x: (..., out).
 
-    exact=False lets a CPU round x to the dtype of the weight where that is faster (`infra/cpu.py`).
+    exact=False lets a CPU round x to the weight's dtype where that is faster (`infra/cpu.py`). The
+    layers allow it; logits stay exact, because the next token is their maximum.
     """
     if x.is_cpu and not torch.is_grad_enabled():
         return cpu.linear(x, weight, bias, exact)
@@ -41,8 +42,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def normal_(tensor: torch.Tensor, std: float = 1.0) -> torch.Tensor:
-    """Fill with normal random numbers. A meta tensor is skipped: its normal_ imports for a
-    second."""
+    """Fill with normal numbers. Skip meta tensors: normal_ on one imports for a second."""
     return tensor if tensor.is_meta else tensor.normal_(std=std)
 
 

@@ -49,6 +49,7 @@ class LayerCache(NamedTuple):
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, heads, T, head_dim); return the keys and values in use."""
         rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1), goes with positions (B, T)
+        # the indexed dimensions come first: (B, T, heads, head_dim)
         self.keys[rows, :, self.positions] = k.transpose(1, 2)
         self.values[rows, :, self.positions] = v.transpose(1, 2)
         return self.keys, self.values
@@ -74,8 +75,8 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of a row
         self.num_slots = 0  # the longest row; a plain number, so that reading it needs no GPU sync
 
-    def append(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Make room for num_tokens (T) more in each row: their positions (B, T) and attention mask.
+    def reserve(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Reserve slots for num_tokens (T) more in each row: positions (B, T) and attention mask.
 
         The mask (B, 1, T, S) is added to the attention scores. It is None for an empty cache, where
         causal attention among the T tokens is all there is.
@@ -183,13 +184,15 @@ class Block(nn.Module):
                 keep: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, D) to (B, T, D), or to (n, D) if only n of the B * T tokens are kept."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        # attention needed every token; what follows works on each token by itself
+        # attention needs every token; the MLP treats each token separately, so the rest can go
         if keep is not None:
             x = x.flatten(0, 1)[keep]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
+    """Gives the parameters their public names."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -217,14 +220,15 @@ class Llama(nn.Module):
         """Embeddings (B, T, D) to final hidden states (B, T, D); `logits` turns those into scores.
 
         With a cache, the T tokens of a row follow those that the cache holds, and are added to it.
-        keep: (n,) indices into the B * T tokens, in reading order, whose output is needed. The
-        result is then (n, D), and the last block computes the MLP for them alone.
+        keep: (n,) indices into the B * T tokens, in reading order. Training needs the output only
+        at the positions before an answer token, generation only at the last one. The result is
+        then (n, D), and the last block computes its MLP for them alone.
         """
         B, T, _ = embeds.shape
         if cache is None:
             positions, mask = torch.arange(T, device=embeds.device).expand(B, T), None
         else:
-            positions, mask = cache.append(T)
+            positions, mask = cache.reserve(T)
         rope = rope_cos_sin(positions, self.config)
         x, last = embeds, len(self.model.layers) - 1
         for number, block in enumerate(self.model.layers):

@@ -1,6 +1,6 @@
-"""LLaVA, figure 1 of the paper: a vision encoder, a projector and a language model.
+r"""LLaVA, figure 1 of the paper: a vision encoder, a projector and a language model.
 
-    image X_v -> ViT -> Z_v -> projector W -> H_v  \\
+    image X_v -> ViT -> Z_v -> projector W -> H_v  \
                                                      LLaMA -> answer X_a
     instruction X_q -> token embeddings -> H_q     /
 
@@ -124,8 +124,8 @@ class Llava(nn.Module):
             pixels = to_device(images, self.device).to(self.dtype)
             features = self.vision_tower(pixels, self.config.feature_layer)  # (N, 1 + P, D_vision)
             patches = features[:, 1:]  # without the class token
-        # The projector runs on zero images too: in training its gradient then exists, as zeros, on
-        # a rank whose rows have no image, and gradients can be averaged over ranks.
+        # Run the projector even without images: its gradient then exists (as zeros) on every rank,
+        # and gradients can be averaged over ranks.
         return self.multi_modal_projector(patches)
 
     def merge_image_features(self, tokens: torch.Tensor, image_features: torch.Tensor):

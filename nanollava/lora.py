@@ -27,7 +27,8 @@ class LoRALinear(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         update = SCALE * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        # W x comes last: no gradient needs it, so a recomputation stops before it
+        # W x comes last. When the backward pass recomputes this layer, PyTorch stops at the last
+        # tensor that a gradient needs, and so does not compute W x again.
         return update + super().forward(x)
 
 

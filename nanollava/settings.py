@@ -31,21 +31,24 @@ NEEDS = {
     "--no-gradient-checkpointing": ("--stage 1", "--stage 2", "--plan"),
     "--gpus": ("--plan",),
 }
-# {(flag, other): why the flag has no effect with the other}, here grouped by the other:
-CONFLICTS = {(flag, other): reason for other, reason, flags in (
-    ("--stage 0", "the toy CLIP and LLaMA are trained by a fixed recipe",
-     "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
-     "--max-length --workers --epochs --max-steps --batch-size --micro-batch-size --lr --dtype "
-     "--compile --save-every --plan"),
-    ("--stage None", "the toy run trains a new model on a toy world",
-     "--model --images --eval-data --skip-bad"),
-    ("--plan", "a plan opens no files and trains nothing",
-     "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
-     "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every --resume"),
-    ("--model", "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
-    (f"--model {TOY_RUN / 'stage1'}", "stage 2 continues with that of stage 1",
-     "--projector --feature-layer"),
-) for flag in flags.split()}
+# {(flag, other): why the flag has no effect with the other}
+CONFLICTS = {}
+for other, reason, flags in (
+        ("--stage 0", "the toy CLIP and LLaMA are trained by a fixed recipe",
+         "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
+         "--max-length --workers --epochs --max-steps --batch-size --micro-batch-size --lr --dtype "
+         "--compile --save-every --plan"),
+        ("--stage None", "the toy run trains a new model on a toy world",
+         "--model --images --eval-data --skip-bad"),
+        ("--plan", "a plan opens no files and trains nothing",
+         "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
+         "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every "
+         "--resume"),
+        ("--model", "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
+        # the default of stage 2, see train.parse_arguments
+        (f"--model {TOY_RUN / 'stage1'}", "stage 2 continues with the one of stage 1",
+         "--projector --feature-layer")):
+    CONFLICTS |= {(flag, other): reason for flag in flags.split()}
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def adamw(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Memory for time. Both functions change a Llama from outside: its code does not know about them.
+# Less memory for more time. Both functions change a Llama from outside: its code does not know
+# about them.
 
 
 def apply_gradient_checkpointing(llama: nn.Module) -> None:

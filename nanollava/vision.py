@@ -69,7 +69,7 @@ class Attention(nn.Module):
             proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, D / heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # every patch attends to every other; only CLIP's text tower is causal
+        # every patch attends to every other; only CLIP's text tower (toy/clip.py) is causal
         attn_out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         return self.out_proj(attn_out.transpose(1, 2).reshape(B, T, D))
 
@@ -101,6 +101,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Gives the blocks their public names."""
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -112,7 +114,7 @@ class VisionTower(nn.Module):
         self.config = config
         D, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = LayerNorm(D, eps)  # the public files spell it so
+        self.pre_layrnorm = LayerNorm(D, eps)  # the misspelling is that of the public files
         self.encoder = Encoder(config)
         self.post_layernorm = LayerNorm(D, eps)  # for CLIP's own loss; LLaVA does not use it
 

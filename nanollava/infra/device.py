@@ -29,8 +29,7 @@ def fast_in_bfloat16(device: str) -> bool:
 
 
 def best_dtype(device: str, requested: str | None = None) -> torch.dtype:
-    """The requested dtype, else the fastest: for frozen weights and for the files that are
-    saved."""
+    """The requested dtype, else the fastest: for generation, and for the files that are saved."""
     if requested:
         return getattr(torch, requested)
     return torch.bfloat16 if fast_in_bfloat16(device) else torch.float32
