@@ -41,7 +41,6 @@ TEXT_CONFIG = VisionConfig(  # a CLIP's text tower has the same blocks as its vi
     hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)
 MAX_CAPTION_LENGTH = 96  # tokens
 EMBED_SIZE = 128  # E
-GRID_SIZE = VISION_CONFIG.image_size // VISION_CONFIG.patch_size  # patches a side
 SAVE_EVERY = 100  # steps between two checkpoints of stage 0
 
 
@@ -49,29 +48,21 @@ SAVE_EVERY = 100  # steps between two checkpoints of stage 0
 # The model
 
 
-class TextEmbeddings(nn.Module):
-    def __init__(self, vocab_size: int, max_length: int, hidden_size: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
-        self.position_embedding = nn.Embedding(max_length, hidden_size)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        positions = self.position_embedding.weight[: tokens.shape[1]]  # (T, D)
-        return self.token_embedding(tokens) + positions  # (N, T) -> (N, T, D)
-
-
 class TextTower(nn.Module):
     """CLIP's text transformer. Its blocks are causal; the last token stands for the caption."""
 
     def __init__(self, config: VisionConfig, vocab_size: int, max_length: int):
         super().__init__()
-        self.embeddings = TextEmbeddings(vocab_size, max_length, config.hidden_size)
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(vocab_size, config.hidden_size),
+            "position_embedding": nn.Embedding(max_length, config.hidden_size)})
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Captions (N, T), padded on the right, and their lengths (N,), to vectors (N, D)."""
-        x = self.embeddings(tokens)
+        positions = self.embeddings["position_embedding"].weight[: tokens.shape[1]]  # (T, D)
+        x = self.embeddings["token_embedding"](tokens) + positions  # (N, T, D)
         for block in self.encoder.layers:
             x = block(x, is_causal=True)
         last = x[torch.arange(len(x), device=x.device), lengths - 1]  # (N, D), end of text
@@ -93,10 +84,9 @@ class Clip(nn.Module):
         self.visual_projection = nn.Linear(VISION_CONFIG.hidden_size, EMBED_SIZE, bias=False)
         self.text_projection = nn.Linear(TEXT_CONFIG.hidden_size, EMBED_SIZE, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.1)
-        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.1)
-        positions = self.vision_model.embeddings.position_embedding.weight
-        positions.data = sincos_pos_embed(GRID_SIZE, VISION_CONFIG.hidden_size)
+        for embedding in self.text_model.embeddings.values():
+            nn.init.normal_(embedding.weight, std=0.1)
+        self.vision_model.embeddings.position_embedding.weight.data = sincos_pos_embed()
 
     def encode_image(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) to unit vectors: the images' (N, E), and their patches' (N, P, E)."""
@@ -117,24 +107,18 @@ class Clip(nn.Module):
         return F.normalize(x, dim=-1)
 
 
-def sincos_pos_embed(grid_size: int, hidden_size: int) -> torch.Tensor:
+def sincos_pos_embed() -> torch.Tensor:
     """Initial positions (1 + P, D): sines and cosines of row and column, 0 for the class token.
 
     Neighbors start with similar vectors, so that the model learns places in half the steps that
     random vectors take.
     """
-    count = hidden_size // 4
+    grid, count = math.isqrt(VISION_CONFIG.num_patches), VISION_CONFIG.hidden_size // 4
     frequencies = math.pi / 2 * (1 / 8) ** (torch.arange(count) / (count - 1))
-    angles = torch.arange(grid_size)[:, None] * frequencies
+    angles = torch.arange(grid)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D / 2)
-    rows = axis[:, None].expand(grid_size, grid_size, -1)
-    columns = axis[None].expand(grid_size, grid_size, -1)
-    patches = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (P, D)
-    return 0.5 * torch.cat([torch.zeros(1, hidden_size), patches])
-
-
-# ---------------------------------------------------------------------------------------------
-# The loss
+    patches = torch.cat([axis.repeat_interleave(grid, dim=0), axis.repeat(grid, 1)], dim=1)
+    return 0.5 * F.pad(patches, (0, 0, 1, 0))  # (P, D) -> (1 + P, D)
 
 
 def contrastive_loss(
@@ -167,8 +151,8 @@ def draw_batch(seed: int, step: int, batch_size: int) -> tuple:
     rng = random.Random(f"{seed} {step}")
     scenes, style = draw_scenes(rng, batch_size), rng.randrange(CAPTION_STYLES)
     boxes = [scene.random_boxes(things, rng) for things in scenes]
-    images = torch.stack([draw_pixels(*pair, rng) for pair in zip(scenes, boxes, strict=True)])
-    patches = [(row, *patch) for row, pair in enumerate(zip(scenes, boxes, strict=True))
+    images = torch.stack([draw_pixels(*pair, rng) for pair in zip(scenes, boxes)])
+    patches = [(row, *patch) for row, pair in enumerate(zip(scenes, boxes))
                for patch in sample_patches(*pair, rng)]
     return images, scenes, patches, style
 
@@ -211,7 +195,7 @@ def things_on_patches(things: Scene, boxes: list[Box]) -> list[Thing | None]:
             for thing, (left, top, width, height) in zip(things, boxes):
                 overlap_x = min(left + width, patch_left + side) - max(left, patch_left)
                 overlap_y = min(top + height, patch_top + side) - max(top, patch_top)
-                if overlap_x > 0 and overlap_y > 0 and overlap_x * overlap_y > side * side / 3:
+                if min(overlap_x, overlap_y) > 0 and overlap_x * overlap_y > side * side / 3:
                     found[-1] = thing
     return found
 
@@ -243,9 +227,8 @@ def forward_backward(clip: Clip, batch: tuple, device) -> tuple[torch.Tensor, in
     return loss.detach(), len(images) * VISION_CONFIG.num_patches
 
 
-def train_clip(
-    folder: Path, tokenizer: Tokenizer, seed: int, device: str, steps=400, batch_size=128,
-) -> None:
+def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str,
+               steps: int = 400, batch_size: int = 128) -> None:
     """Train the toy CLIP, with new scenes in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
     clip = Clip(tokenizer).to(device)
@@ -257,29 +240,6 @@ def train_clip(
     train(run, clip, batches, optimizers, forward_backward)
     save_clip(clip, folder)
     checkpoints.clear()
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@torch.no_grad()
-def clip_accuracy(clip: Clip, rng: random.Random, count: int) -> float:
-    """Percent of validation images whose own caption is the nearest of 32.
-
-    Eight of the other captions differ in one attribute; the rest are of random scenes.
-    """
-    correct, device = 0, clip.logit_scale.device
-    validation, training = scene.random_scenes(rng, validation=True), scene.random_scenes(rng)
-    for things in islice(validation, count):
-        scenes = [things, *(change_one_attribute(things, rng) for _ in range(8))]
-        scenes += islice(training, 32 - len(scenes))
-        image = draw_pixels(things, scene.random_boxes(things, rng), rng)[None].to(device)
-        image_embeds, _ = clip.encode_image(image)  # (1, E)
-        captions = clip.encode_text([caption(other, 0) for other in scenes])  # (32, E)
-        best = int((captions @ image_embeds[0]).argmax())
-        correct += scenes[best] == things
-    return 100 * correct / count
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
@@ -305,3 +265,22 @@ def load_clip(folder: Path) -> Clip:
     tensors = safetensors_io.read_tensors(folder)
     safetensors_io.load_strict(clip, tensors, folder, torch.float32, "cpu")
     return clip
+
+
+@torch.no_grad()
+def clip_accuracy(clip: Clip, rng: random.Random, count: int) -> float:
+    """Percent of validation images whose own caption is the nearest of 32.
+
+    Eight of the other captions differ in one attribute; the rest are of random scenes.
+    """
+    correct, device = 0, clip.logit_scale.device
+    validation, training = scene.random_scenes(rng, validation=True), scene.random_scenes(rng)
+    for things in islice(validation, count):
+        scenes = [things, *(change_one_attribute(things, rng) for _ in range(8))]
+        scenes += islice(training, 32 - len(scenes))
+        image = draw_pixels(things, scene.random_boxes(things, rng), rng)[None].to(device)
+        image_embeds, _ = clip.encode_image(image)  # (1, E)
+        captions = clip.encode_text([caption(other, 0) for other in scenes])  # (32, E)
+        best = int((captions @ image_embeds[0]).argmax())
+        correct += scenes[best] == things
+    return 100 * correct / count

@@ -22,9 +22,6 @@ from . import questions, scene
 # 23K and 77K of 158K), but here a conversation is longer than the two others
 KIND_RATES = dict(zip(INSTRUCTION_KINDS, (1.0, 0.15, 0.25), strict=True))
 
-# ---------------------------------------------------------------------------------------------
-# The teacher
-
 # the longest first, or "at the top" would match in "at the top left"
 _PLACE = "|".join(sorted(scene.PLACES, key=len, reverse=True))
 _THING = re.compile(
@@ -58,37 +55,7 @@ def toy_teacher(messages: list[dict]) -> str:
     else:
         pairs = questions.draw_questions(things, rng, 8, questions.WEIGHTED_TYPES)
     return "\n===\n".join(
-        f"Question:\n{question}\n===\nAnswer:\n{answer}" for _, question, answer in pairs)
-
-
-# ---------------------------------------------------------------------------------------------
-# The world
-
-
-class CocoAnnotations:
-    """The rows of COCO's captions.json and instances.json, which teacher/coco.py reads."""
-
-    def __init__(self):
-        self.images, self.captions, self.instances = [], [], []
-
-    def add(self, number: int, file: str, things: scene.Scene, boxes: list[scene.Box],
-            captions: list[str]) -> None:
-        size = scene.IMAGE_SIZE
-        self.images.append({"id": number, "file_name": file, "width": size, "height": size})
-        for caption in captions:
-            self.captions.append(
-                {"id": len(self.captions), "image_id": number, "caption": caption})
-        for thing, box in zip(things, boxes):
-            self.instances.append({
-                "id": len(self.instances), "image_id": number,
-                "category_id": 1 + list(scene.KINDS).index(thing.kind),
-                "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
-
-    def write(self, captions: Path, instances: Path) -> None:
-        categories = [{"id": 1 + number, "name": kind} for number, kind in enumerate(scene.KINDS)]
-        write_json(captions, {"images": self.images, "annotations": self.captions})
-        write_json(instances, {"images": self.images, "annotations": self.instances,
-                               "categories": categories})
+        f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in pairs)
 
 
 def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int = 300) -> None:
@@ -99,9 +66,8 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
     image, with its `type`). Raises InputError if the folder exists.
     """
     rng = random.Random(seed)
-    coco, pretrain, instruction_kinds, test = CocoAnnotations(), [], [], []
-    training = scene.random_scenes(rng)
-    validation = scene.random_scenes(rng, validation=True)
+    coco, pretrain, instruction_kinds, test = [], [], [], []
+    training, validation = scene.random_scenes(rng), scene.random_scenes(rng, validation=True)
     with atomic_folder(folder) as temporary:
         (temporary / "images").mkdir()
         for number in progress(range(count + tests), "toy world", "images"):
@@ -110,58 +76,60 @@ def write_world(folder: str | Path, seed: int = 0, count: int = 8000, tests: int
             file = f"{'train' if number < count else 'test'}_{number:06d}.png"
             scene.draw_image(things, boxes, rng).save(temporary / "images" / file)
             if number < count:
-                captions = [questions.caption(things, style)
-                            for style in range(questions.CAPTION_STYLES)]
-                coco.add(number, file, things, boxes, captions)
+                captions = questions.captions(things)
+                coco.append((file, things, boxes, captions))
                 pretrain.append(pretrain_row(number, file, rng.choice(captions), seed))
                 instruction_kinds.append(
                     [kind for kind, rate in KIND_RATES.items() if rng.random() < rate])
             else:
-                test += question_rows(number, file, things, rng)
-        annotations = temporary / "annotations"
-        annotation_files = annotations / "captions.json", annotations / "instances.json"
-        coco.write(*annotation_files)
+                test += [evaluation_row(number, file, *triple)
+                         for triple in questions.one_of_each_type(things, rng)]
+        write_coco(temporary / "annotations", coco)
+        # reading the annotations back, prompting and parsing are the code of real data
+        images, _ = read_coco(temporary / "annotations" / "captions.json",
+                              temporary / "annotations" / "instances.json")
+        instruct = [instruct_row(kind, image, seed)
+                    for image, kinds in zip(images, instruction_kinds) for kind in kinds]
         write_json(temporary / "pretrain.json", pretrain)
-        write_json(temporary / "instruct.json",
-                   instruct_rows(annotation_files, instruction_kinds, seed))
+        write_json(temporary / "instruct.json", instruct)
         write_json(temporary / "test.json", test)
 
 
-def instruct_rows(files: tuple[Path, Path], kinds: list[list[str]], seed: int) -> list[dict]:
-    """The teacher's instruction data about COCO files: of each image the listed kinds.
+def write_coco(folder: Path, drawn: list[tuple]) -> None:
+    """Write captions.json and instances.json; `drawn` has (file, things, boxes, captions)."""
+    images, captions, instances = [], [], []
+    size, kinds = scene.IMAGE_SIZE, list(scene.KINDS)
+    for number, (file, things, boxes, texts) in enumerate(drawn):
+        images.append({"id": number, "file_name": file, "width": size, "height": size})
+        for text in texts:
+            captions.append({"id": len(captions), "image_id": number, "caption": text})
+        for thing, box in zip(things, boxes):
+            instances.append({
+                "id": len(instances), "image_id": number,
+                "category_id": 1 + kinds.index(thing.kind),
+                "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
+    categories = [{"id": number, "name": kind} for number, kind in enumerate(kinds, 1)]
+    write_json(folder / "captions.json", {"images": images, "annotations": captions})
+    write_json(folder / "instances.json",
+               {"images": images, "annotations": instances, "categories": categories})
 
-    Reading the files back, prompting and parsing are the code that real data goes through.
-    """
-    rows = []
-    for image, image_kinds in zip(read_coco(*files)[0], kinds):
-        for kind in image_kinds:
-            reply = toy_teacher(prompts.messages(kind, image.captions, image.boxes))
-            rows.append(prompts.instruct_row(kind, image, reply, seed))
-    return rows
+
+def instruct_row(kind: str, image: AnnotatedImage, seed: int) -> dict:
+    """The toy teacher's instruction data of one kind about an image."""
+    reply = toy_teacher(prompts.messages(kind, image.captions, image.boxes))
+    return prompts.instruct_row(kind, image, reply, seed)
 
 
 def random_row(rng: random.Random) -> dict:
     """A row of instruct.json about a new training scene, whose image is not drawn."""
     things = next(scene.random_scenes(rng))
     kind, = rng.choices(list(KIND_RATES), list(KIND_RATES.values()))
-    captions = [questions.caption(things, style) for style in range(questions.CAPTION_STYLES)]
-    image = AnnotatedImage("scene", "scene.png", captions)
-    reply = toy_teacher(prompts.messages(kind, image.captions, image.boxes))
-    return prompts.instruct_row(kind, image, reply, seed=rng.randrange(2**32))
+    image = AnnotatedImage("scene", "scene.png", questions.captions(things))
+    return instruct_row(kind, image, seed=rng.randrange(2**32))
 
 
-def question_rows(
-    number: int, file: str, things: scene.Scene, rng: random.Random) -> list[dict]:
-    """One question of every type about an image, if the scene has one: rows of test.json."""
-    rows = []
-    for question_type in questions.QUESTION_TYPES:
-        for _, question, answer in questions.draw_questions(things, rng, 1, (question_type,)):
-            rows.append(evaluation_row(number, file, question_type, question, answer))
-    return rows
-
-
-def evaluation_row(
-    number: int, file: str, row_type: str, question: str, answer: str) -> dict:
+def evaluation_row(number: int, file: str, row_type: str, question: str, answer: str) -> dict:
+    """A row of test.json, which has one question."""
     return {"id": f"{number}-{row_type}", "image": file, "type": row_type,
             "conversations": prompts.make_turns([question, answer], image_first=True)}
 
@@ -182,9 +150,8 @@ def write_bench(folder: str | Path, seed: int = 0, count: int = 200) -> None:
             image = scene.draw_image(things, scene.random_boxes(things, rng), rng)
             image.save(temporary / "images" / file)
             detail = rng.choice(prompts.DETAILED), questions.description(things)
-            (_, *simple), = questions.draw_questions(things, rng, 1)
-            (_, *reasoning), = questions.draw_questions(
-                things, rng, 1, tuple(questions.REASONING_TYPES))
+            simple, = questions.draw_questions(things, rng, 1)
+            reasoning, = questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
             for kind, pair in zip(INSTRUCTION_KINDS, (simple, detail, reasoning), strict=True):
                 rows.append(evaluation_row(number, file, kind, *pair))
         write_json(temporary / "test.json", rows)

@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -103,44 +103,32 @@ def attend_to_previous_token(attention: Attention, config: LlamaConfig) -> None:
     attention.k_proj.weight[head] = sharpness / config.hidden_size * key[:, None]
 
 
-# ---------------------------------------------------------------------------------------------
-# Scenes as patch words
-
-
 def patch_words(things: Scene, boxes: list[Box]) -> list[list[str]]:
     """For each patch, in reading order, the words for the thing on it; none for background."""
     return [[thing.kind, thing.color, thing.size, thing.place] if thing else []
             for thing in things_on_patches(things, boxes)]
 
 
-class PatchWordEmbeddings:
-    """Embeds patch words in the language model's space, where image features will stand later."""
+def embed_patch_words(model: Llava, tokenizer: Tokenizer, images: list[list[list[str]]],
+                      rng: random.Random, dropout=0.0, noise=0.0) -> torch.Tensor:
+    """The patch words of N scenes to (N, P, D): each patch is the sum of its words' embeddings.
 
-    def __init__(self, model: Llava, tokenizer: Tokenizer):
-        self.embed_tokens = model.language_model.model.embed_tokens
-        words = (*KINDS, *COLORS, *SIZES, *PLACES)
-        self.tokens = {word: tokenizer.encode(word) for word in words}
-
-    def __call__(self, images: list[list[list[str]]], rng: random.Random, dropout=0.0,
-                 noise=0.0) -> torch.Tensor:
-        """The patch words of N scenes to (N, P, D): each patch is the sum of its words.
-
-        dropout: the share of words to leave out. noise: in standard deviations of the embeddings.
-        """
-        table = self.embed_tokens.weight  # (V, D)
-        patches = [
-            [token for word in words if rng.random() >= dropout for token in self.tokens[word]]
-            for image in images for words in image]
-        width = max(map(len, patches))
-        padded = [tokens + [-1] * (width - len(tokens)) for tokens in patches]
-        tokens = torch.tensor(padded, device=table.device).view(len(images), -1, width)
-        embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
-        embeds = embeds.sum(dim=2)  # (N, P, width, D) -> (N, P, D)
-        return embeds + noise * table.detach().std() * torch.randn_like(embeds)
+    dropout: the share of words to leave out. noise: in standard deviations of the embeddings.
+    """
+    table = model.language_model.model.embed_tokens.weight  # (V, D)
+    token_ids = {word: tokenizer.encode(word) for word in (*KINDS, *COLORS, *SIZES, *PLACES)}
+    patches = [[token for word in words if rng.random() >= dropout for token in token_ids[word]]
+               for image in images for words in image]
+    width = max(map(len, patches))
+    padded = [tokens + [-1] * (width - len(tokens)) for tokens in patches]
+    tokens = torch.tensor(padded, device=table.device).view(len(images), -1, width)
+    embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
+    embeds = embeds.sum(dim=2)  # (N, P, width, D) -> (N, P, D)
+    return embeds + noise * table.detach().std() * torch.randn_like(embeds)
 
 
 # ---------------------------------------------------------------------------------------------
-# The text of a conversation
+# Conversations
 
 
 def easy_texts(things: Scene, rng: random.Random) -> list[str]:
@@ -157,7 +145,7 @@ def easy_texts(things: Scene, rng: random.Random) -> list[str]:
             question = rng.choice(prompts.BRIEF)
             texts += [question, ", ".join(" ".join(rng.sample(group, 4)) for group in words)]
         return texts
-    for _, question, answer in questions.draw_questions(things, rng, 6, EASY_TYPES):
+    for question, answer in questions.draw_questions(things, rng, 6, EASY_TYPES):
         # without articles, except in places: "the cat is on the left" -> "cat is on the left"
         answer = re.sub(r"\ban? |(?<!at |on |in )\bthe ", "", answer.lower().strip("."))
         texts += [question, answer if rng.random() < 0.5 else answer.replace(" is ", " ")]
@@ -166,16 +154,13 @@ def easy_texts(things: Scene, rng: random.Random) -> list[str]:
 
 def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
     """Questions and answers of all types; sometimes a caption, a description or reasoning."""
-    drawn = questions.draw_questions(things, rng, 5, questions.WEIGHTED_TYPES)
-    pairs = [[question, answer] for _, question, answer in drawn]
+    pairs = questions.draw_questions(things, rng, 5, questions.WEIGHTED_TYPES)
     if rng.random() < 0.2:
-        question, style = rng.choice(prompts.BRIEF), rng.randrange(questions.CAPTION_STYLES)
-        pairs.append([question, questions.caption(things, style)])
+        pairs.append((rng.choice(prompts.BRIEF), rng.choice(questions.captions(things))))
     if rng.random() < 0.1:
-        pairs.append([rng.choice(prompts.DETAILED), questions.description(things)])
+        pairs.append((rng.choice(prompts.DETAILED), questions.description(things)))
     if rng.random() < 0.3:
-        drawn = questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
-        pairs += [[question, answer] for _, question, answer in drawn]
+        pairs += questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
     rng.shuffle(pairs)
     return [text for pair in pairs for text in pair]
 
@@ -187,7 +172,7 @@ def multiple_choice(rng: random.Random, easy: bool) -> list[dict]:
     (A).": find the word in the options, then the letter before it. "The answer is B." needs a third
     step, to fetch the word that is asked for, and is not learned without the easy form.
     """
-    turns = []
+    texts = []
     for _ in range(6 if easy else 3):
         words = rng.choice(OPTION_SETS)
         choices = rng.sample(words, rng.randint(2, min(4, len(words))))
@@ -195,28 +180,19 @@ def multiple_choice(rng: random.Random, easy: bool) -> list[dict]:
         order = rng.sample(range(len(choices)), len(choices))
         if easy or rng.random() < 0.3:
             pairs = [f"{choices[number]} ({scienceqa.LETTERS[number]})" for number in order]
-            turns += [{"from": "human", "value": options},
-                      {"from": "gpt", "value": f"{', '.join(pairs)}."}]
+            texts += [options, f"{', '.join(pairs)}."]
             continue
         for number in order:
-            turns += [{"from": "human", "value": options + choices[number]},
-                      {"from": "gpt", "value": f"The answer is {scienceqa.LETTERS[number]}."}]
-            options = ""  # only the first question repeats them
-    return turns
+            texts += [options + choices[number], f"The answer is {scienceqa.LETTERS[number]}."]
+            options = ""  # only the first question has them
+    return [{"from": speaker, "value": text}
+            for speaker, text in zip(cycle(("human", "gpt")), texts)]
 
 
 def image_to_prose(turns: list[dict], things: Scene, rng: random.Random) -> list[dict]:
     """The conversation with a caption or description in place of its image."""
-    style = rng.randrange(questions.CAPTION_STYLES + 1)
-    if style == questions.CAPTION_STYLES:
-        text = questions.description(things)
-    else:
-        text = questions.caption(things, style)
+    text = rng.choice([*questions.captions(things), questions.description(things)])
     return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, text)} for turn in turns]
-
-
-# ---------------------------------------------------------------------------------------------
-# Rows and batches
 
 
 def share_kind_or_color(things: Scene) -> bool:
@@ -249,8 +225,8 @@ def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool) -> tuple:
     return tokens, labels, words
 
 
-def draw_batches(
-    tokenizer: Tokenizer, seed: int, start: int, steps: int, batch_size: int) -> Iterator[tuple]:
+def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
+                 batch_size: int) -> Iterator[tuple]:
     """Yield tokens (B, T), labels (B, T), patch words and a random generator for each step.
 
     They depend on seed and step alone, so that a resumed run sees the same batches.
@@ -274,21 +250,19 @@ def draw_batches(
 # Training
 
 
-def forward_backward(
-    embed_words: PatchWordEmbeddings, model: Llava, batch: tuple, device,
-) -> tuple[torch.Tensor, int]:
+def forward_backward(tokenizer: Tokenizer, model: Llava, batch: tuple,
+                     device) -> tuple[torch.Tensor, int]:
     """Add to the gradients; return the loss and the number of tokens."""
     tokens, labels, words, rng = batch
-    features = embed_words(words, rng, dropout=0.1, noise=0.3) if words else None
+    features = (embed_patch_words(model, tokenizer, words, rng, dropout=0.1, noise=0.3)
+                if words else None)
     loss = model(tokens, labels=labels, image_features=features)
     loss.backward()
     return loss.detach(), tokens.numel()
 
 
-def train_llama(
-    folder: Path, tokenizer: Tokenizer, seed: int, device: str, small=False, steps=2400,
-    batch_size=16,
-) -> None:
+def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small: bool = False,
+                steps: int = 2400, batch_size: int = 16) -> None:
     """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16.
 
     It is trained inside a LLaVA, which puts the embedded patch words in the place of image tokens.
@@ -305,41 +279,31 @@ def train_llama(
     checkpoints = Checkpoints(folder / "resume", llama, optimizers, settings)
     run = Run("toy LLaMA", steps, checkpoints, save_every=SAVE_EVERY)
     batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
-    embed_words = PatchWordEmbeddings(model, tokenizer)
-    train(run, model, batches, optimizers, partial(forward_backward, embed_words))
+    train(run, model, batches, optimizers, partial(forward_backward, tokenizer))
     tensors = {name: tensor.bfloat16() for name, tensor in llama.state_dict().items()}
     config = hf_config.llama_json(vars(text_config))
     hf_format.save_folder(folder, config, tensors, [tokenizer.path])
     checkpoints.clear()
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-
-
 @torch.no_grad()
-def answer_scenes(
-    model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int, as_prose: bool,
-) -> tuple[list[dict], list[str]]:
+def answer_scenes(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int,
+                  as_prose: bool) -> tuple[list[dict], list[str]]:
     """Ask a question of every type about each of `count` validation scenes, without images.
 
     Returns rows in the format of test.json, and the model's replies.
     """
-    embed_words = PatchWordEmbeddings(model, tokenizer)
     rows, predictions = [], []
     for things in islice(random_scenes(rng, validation=True), count):
-        triples = [triple for question_type in questions.QUESTION_TYPES
-                   for triple in questions.draw_questions(things, rng, 1, (question_type,))]
+        new_rows = [{"type": question_type,
+                     "conversations": prompts.make_turns(pair, image_first=True)}
+                    for question_type, *pair in questions.one_of_each_type(things, rng)]
         words = patch_words(things, random_boxes(things, rng))
-        conversations = [prompts.make_turns([question, answer], image_first=True)
-                         for _, question, answer in triples]
-        prompted = [turns[:1] for turns in conversations]
-        features = None
+        prompted, features = [row["conversations"][:1] for row in new_rows], None
         if as_prose:
             prompted = [image_to_prose(turns, things, rng) for turns in prompted]
-        else:
-            features = embed_words([words] * len(triples), rng)  # (questions, P, D)
+        else:  # (questions, P, D)
+            features = embed_patch_words(model, tokenizer, [words] * len(new_rows), rng)
         predictions += generate_replies(model, tokenizer, prompted, image_features=features)
-        rows += [{"type": question_type, "conversations": turns}
-                 for (question_type, _, _), turns in zip(triples, conversations)]
+        rows += new_rows
     return rows, predictions

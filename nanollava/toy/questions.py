@@ -7,7 +7,7 @@ import random
 
 from .scene import COLORS, KINDS, Scene, Thing
 
-NUMBERS = ("zero", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three")
 CAPTION_STYLES = 5  # the styles of `caption` are 0 to 4
 
 
@@ -21,6 +21,11 @@ def with_article(noun: str) -> str:
 
 def plural(noun: str) -> str:
     return noun if noun == "fish" else f"{noun}s"
+
+
+def count_phrase(count: int, kind: str) -> str:
+    """For example "no fish", "one cat" or "two cats"."""
+    return f"{NUMBERS[count]} {kind if count == 1 else plural(kind)}"
 
 
 def join_words(words: list[str]) -> str:
@@ -65,6 +70,11 @@ def caption(things: Scene, style: int) -> str:
     verb = "is" if len(things) == 1 else "are"
     start = ("", "a picture of ", "we see ", f"there {verb} ")[style]
     return sentence(start + join_words([f"{noun_phrase(t)} {t.place}" for t in things]))
+
+
+def captions(things: Scene) -> list[str]:
+    """One caption in every style."""
+    return [caption(things, style) for style in range(CAPTION_STYLES)]
 
 
 def description(things: Scene) -> str:
@@ -129,11 +139,9 @@ def ask_count(things, rng):
     """The answer names every thing before it counts."""
     listing = join_words([f"{t.place} is {with_article(t.kind)}" for t in things])
     if rng.random() < 0.3:
-        answer = sentence(f"{listing}, so {NUMBERS[len(things)]}")
-        return "How many things are there?", answer
+        return "How many things are there?", sentence(f"{listing}, so {NUMBERS[len(things)]}")
     kind = rng.choice(things).kind if rng.random() < 0.8 else rng.choice(tuple(KINDS))
-    count = sum(t.kind == kind for t in things)
-    result = f"{NUMBERS[count] if count else 'no'} {kind if count == 1 else plural(kind)}"
+    result = count_phrase(sum(t.kind == kind for t in things), kind)
     return f"How many {plural(kind)} are there?", sentence(f"{listing}, so {result}")
 
 
@@ -205,30 +213,32 @@ def ask_more(things, rng):
         return None
     kinds = rng.sample(kinds, 2)
     first, second = counts = [sum(t.kind == kind for t in things) for kind in kinds]
-    phrases = [f"{NUMBERS[count]} {kind if count == 1 else plural(kind)}"
-               for count, kind in zip(counts, kinds)]
-    verdict = "yes" if first > second else "no"
-    verb = "is" if first == 1 else "are"
-    answer = sentence(f"there {verb} {join_words(phrases)}, so {verdict}")
+    phrases = join_words(list(map(count_phrase, counts, kinds)))
+    verb, verdict = "is" if first == 1 else "are", "yes" if first > second else "no"
+    answer = sentence(f"there {verb} {phrases}, so {verdict}")
     return f"Are there more {plural(kinds[0])} than {plural(kinds[1])}?", answer
 
 
 REASONING_TYPES = {"farthest": ask_farthest, "left over": ask_left_over, "more": ask_more}
 
 
-def draw_questions(
-    things: Scene, rng: random.Random, count: int, types: tuple[str, ...] = tuple(QUESTION_TYPES),
-) -> list[tuple[str, str, str]]:
-    """Up to `count` different questions about a scene: (type, question, answer).
+def draw_questions(things: Scene, rng: random.Random, count: int,
+                   types: tuple[str, ...] = tuple(QUESTION_TYPES)) -> list[tuple[str, str]]:
+    """Up to `count` different questions about a scene, each with its answer.
 
     Their types are drawn from `types`. A scene may have fewer questions than `count`.
     """
     found = {}
     for _ in range(20 * count):
-        question_type = rng.choice(types)
-        pair = (QUESTION_TYPES | REASONING_TYPES)[question_type](things, rng)
-        if pair and pair[0] not in found:
-            found[pair[0]] = (question_type, *pair)
+        pair = (QUESTION_TYPES | REASONING_TYPES)[rng.choice(types)](things, rng)
+        if pair:
+            found.setdefault(*pair)
         if len(found) == count:
             break
-    return list(found.values())
+    return list(found.items())
+
+
+def one_of_each_type(things: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
+    """(type, question, answer) for every type of which the scene has a question."""
+    return [(question_type, *pair) for question_type in QUESTION_TYPES
+            for pair in draw_questions(things, rng, 1, (question_type,))]

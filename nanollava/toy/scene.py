@@ -16,21 +16,18 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 96  # pixels
+IMAGE_SIZE, CELL_SIZE = 96, 32  # pixels
 COLORS = {
     "red": (214, 39, 40), "orange": (255, 140, 0), "yellow": (240, 210, 20),
     "green": (30, 150, 60), "blue": (40, 90, 220), "purple": (130, 50, 180),
-    "pink": (255, 130, 190), "brown": (125, 75, 35),
-}
+    "pink": (255, 130, 190), "brown": (125, 75, 35)}
 SIZES = {"small": (20, 22), "big": (28, 31)}  # smallest and largest side of a thing, in pixels
 PLACES = (  # the nine cells of the grid, in reading order
     "at the top left", "at the top", "at the top right",
     "on the left", "in the middle", "on the right",
-    "at the bottom left", "at the bottom", "at the bottom right",
-)
+    "at the bottom left", "at the bottom", "at the bottom right")
 BACKGROUNDS = (
-    (250, 250, 250), (225, 225, 225), (250, 240, 215), (220, 235, 250), (225, 245, 225),
-)
+    (250, 250, 250), (225, 225, 225), (250, 240, 215), (220, 235, 250), (225, 245, 225))
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,9 @@ def random_boxes(things: Scene, rng: random.Random) -> list[Box]:
     boxes = []
     for thing in things:
         side = rng.randint(*SIZES[thing.size])
-        left, right = thing.column * IMAGE_SIZE // 3, (thing.column + 1) * IMAGE_SIZE // 3
-        top, bottom = thing.row * IMAGE_SIZE // 3, (thing.row + 1) * IMAGE_SIZE // 3
-        boxes.append((rng.randint(left, right - side), rng.randint(top, bottom - side), side, side))
+        left, top = (CELL_SIZE * number + rng.randint(0, CELL_SIZE - side)
+                     for number in (thing.column, thing.row))
+        boxes.append((left, top, side, side))
     return boxes
 
 
@@ -106,55 +103,40 @@ def random_boxes(things: Scene, rng: random.Random) -> list[Box]:
 # Drawing
 
 
-def oval(left: int, top: int, right: int, bottom: int) -> tuple:
-    return "oval", (left, top, right, bottom)
-
-
-def polygon(*corners: float) -> tuple:
-    """x and y of the first corner, of the second, ..."""
-    return "polygon", corners
-
-
-def star(outer: int, inner: int) -> tuple:
+def star(outer: int, inner: int) -> tuple[float, ...]:
     """A star with five points, from the radii of its outer and inner corners."""
     corners = []
     for number in range(10):
         radius, angle = (outer if number % 2 == 0 else inner), math.pi * number / 5
         corners += [50 + radius * math.sin(angle), 54 - radius * math.cos(angle)]
-    return polygon(*corners)
+    return tuple(corners)
 
 
-@dataclass(frozen=True)
-class Sprite:
-    """How a kind of thing is drawn. Coordinates are in percent of the side of its box."""
-
-    shape: list[tuple]  # ovals and polygons in the color of the thing
-    details: list[tuple]  # ovals and polygons on top of them, in a color of their own
-    detail_color: tuple[int, int, int]
-
-
+# How a kind of thing is drawn: shapes in the color of the thing, details on top of them, and the
+# color of the details. Coordinates are in percent of the side of the thing's box. Four numbers are
+# an oval: left, top, right, bottom. More are a polygon: x and y of each corner.
 KINDS = {
-    "cat": Sprite(  # a face with pointed ears; eyes
-        [oval(5, 22, 95, 98), polygon(8, 55, 10, 0, 45, 28), polygon(92, 55, 90, 0, 55, 28)],
-        [oval(20, 42, 42, 66), oval(58, 42, 80, 66)], (170, 250, 60)),
-    "fish": Sprite(  # a body and a tail; an eye and a stripe
-        [oval(0, 20, 76, 80), polygon(60, 50, 100, 16, 100, 84)],
-        [oval(10, 36, 26, 52), polygon(42, 22, 54, 24, 54, 76, 42, 78)], (255, 255, 255)),
-    "bird": Sprite(  # a body with a raised wing; a beak and two legs
-        [oval(15, 36, 80, 80), polygon(38, 50, 95, 2, 72, 60)],
-        [polygon(0, 58, 24, 44, 24, 68), polygon(36, 78, 44, 78, 44, 100, 36, 100),
-         polygon(54, 78, 62, 78, 62, 100, 54, 100)], (250, 190, 0)),
-    "house": Sprite(  # walls and a roof; a door
-        [polygon(14, 42, 86, 42, 86, 100, 14, 100), polygon(0, 46, 50, 0, 100, 46)],
-        [polygon(36, 58, 64, 58, 64, 100, 36, 100)], (140, 225, 255)),
-    "tree": Sprite(  # a crown; a trunk
-        [oval(10, 0, 90, 68)], [polygon(40, 64, 60, 64, 60, 100, 40, 100)], (80, 50, 25)),
-    "car": Sprite(  # a body; two wheels
-        [polygon(0, 50, 22, 50, 34, 22, 72, 22, 84, 50, 100, 50, 100, 76, 0, 76)],
-        [oval(10, 60, 40, 90), oval(60, 60, 90, 90)], (25, 25, 25)),
-    "ball": Sprite(  # a disk; a stripe
-        [oval(2, 2, 98, 98)], [polygon(3, 40, 97, 40, 97, 60, 3, 60)], (255, 255, 255)),
-    "star": Sprite([star(54, 24)], [], (255, 255, 255)),
+    "cat": (  # a face with pointed ears; eyes
+        ((5, 22, 95, 98), (8, 55, 10, 0, 45, 28), (92, 55, 90, 0, 55, 28)),
+        ((20, 42, 42, 66), (58, 42, 80, 66)), (170, 250, 60)),
+    "fish": (  # a body and a tail; an eye and a stripe
+        ((0, 20, 76, 80), (60, 50, 100, 16, 100, 84)),
+        ((10, 36, 26, 52), (42, 22, 54, 24, 54, 76, 42, 78)), (255, 255, 255)),
+    "bird": (  # a body with a raised wing; a beak and two legs
+        ((15, 36, 80, 80), (38, 50, 95, 2, 72, 60)),
+        ((0, 58, 24, 44, 24, 68), (36, 78, 44, 78, 44, 100, 36, 100),
+         (54, 78, 62, 78, 62, 100, 54, 100)), (250, 190, 0)),
+    "house": (  # walls and a roof; a door
+        ((14, 42, 86, 42, 86, 100, 14, 100), (0, 46, 50, 0, 100, 46)),
+        ((36, 58, 64, 58, 64, 100, 36, 100),), (140, 225, 255)),
+    "tree": (  # a crown; a trunk
+        ((10, 0, 90, 68),), ((40, 64, 60, 64, 60, 100, 40, 100),), (80, 50, 25)),
+    "car": (  # a body; two wheels
+        ((0, 50, 22, 50, 34, 22, 72, 22, 84, 50, 100, 50, 100, 76, 0, 76),),
+        ((10, 60, 40, 90), (60, 60, 90, 90)), (25, 25, 25)),
+    "ball": (  # a disk; a stripe
+        ((2, 2, 98, 98),), ((3, 40, 97, 40, 97, 60, 3, 60),), (255, 255, 255)),
+    "star": ((star(54, 24),), (), (255, 255, 255)),
 }
 
 
@@ -162,9 +144,9 @@ def draw_image(things: Scene, boxes: list[Box], rng: random.Random) -> Image.Ima
     """The image of a scene: RGB, 96x96 pixels, every color varied a little."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), vary(rng.choice(BACKGROUNDS), rng))
     for thing, (left, top, side, _) in zip(things, boxes):
-        shape, details = sprite_masks(thing.kind, side)
-        image.paste(vary(COLORS[thing.color], rng), (left, top), shape)
-        image.paste(KINDS[thing.kind].detail_color, (left, top), details)
+        shapes, details, detail_color = KINDS[thing.kind]
+        image.paste(vary(COLORS[thing.color], rng), (left, top), draw_mask(shapes, side))
+        image.paste(detail_color, (left, top), draw_mask(details, side))
     return image
 
 
@@ -172,17 +154,12 @@ def vary(color: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
     return tuple(max(0, min(255, value + rng.randint(-10, 10))) for value in color)
 
 
-@lru_cache(maxsize=None)
-def sprite_masks(kind: str, side: int) -> tuple[Image.Image, Image.Image]:
-    """Two masks of side x side pixels: the shape of a kind of thing, and its details."""
-    return draw_mask(KINDS[kind].shape, side), draw_mask(KINDS[kind].details, side)
-
-
-def draw_mask(parts: list[tuple], side: int) -> Image.Image:
-    """Ovals and polygons, white on black, drawn at eight times the size for smooth edges."""
+@lru_cache
+def draw_mask(shapes: tuple, side: int) -> Image.Image:
+    """Shapes, white on black, drawn at eight times the size for smooth edges."""
     mask = Image.new("L", (8 * side, 8 * side))
     canvas = ImageDraw.Draw(mask)
-    for name, percents in parts:
-        draw = canvas.ellipse if name == "oval" else canvas.polygon
+    for percents in shapes:
+        draw = canvas.ellipse if len(percents) == 4 else canvas.polygon
         draw([8 * side / 100 * percent for percent in percents], fill=255)
     return mask.resize((side, side), Image.Resampling.BOX)

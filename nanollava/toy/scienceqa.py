@@ -45,10 +45,6 @@ def make_problem(
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# Problems about a scene
-
-
 def scene_problem(things: scene.Scene, rng: random.Random) -> dict | None:
     """A problem of a random type about a scene, or None if the scene allows none of that type."""
     question_type = rng.choice(tuple(SCENE_PROBLEMS))
@@ -56,7 +52,7 @@ def scene_problem(things: scene.Scene, rng: random.Random) -> dict | None:
     pairs = questions.draw_questions(things, rng, 1, (question_type,))
     if not pairs:
         return None
-    (_, question, solution), = pairs
+    (question, solution), = pairs
     options = possible_answers(question_type, things)
     truth = next((option for option in options if solution.endswith(f" {option}.")), None)
     if truth is None:  # "so two cats": only the count of all things ends with a number
@@ -76,10 +72,6 @@ def possible_answers(question_type: str, things: scene.Scene) -> list[str]:
         "relation": ["left", "right", "above", "below"],
         "farthest": [questions.unique_name(thing, things) for thing in things],
     }[question_type]
-
-
-# ---------------------------------------------------------------------------------------------
-# Problems about words
 
 
 def group_problem(rng: random.Random) -> dict:
@@ -122,10 +114,6 @@ def is_validation_problem(problem: dict) -> bool:
     """
     content = problem["question"], sorted(problem["choices"])
     return zlib.crc32(repr(content).encode()) % 5 == 0
-
-
-# ---------------------------------------------------------------------------------------------
-# The data set
 
 
 def draw_problem(

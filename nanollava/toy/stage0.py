@@ -58,8 +58,7 @@ def tokenizer_texts(seed: int, scenes: int) -> list[str]:
     for number, things in enumerate(islice(stream, scenes)):
         lines.append(questions.caption(things, rng.randrange(questions.CAPTION_STYLES)))
         lines.append(questions.description(things))
-        drawn = questions.draw_questions(things, rng, 4, question_types)
-        pairs = [(question, answer) for _, question, answer in drawn]
+        pairs = questions.draw_questions(things, rng, 4, question_types)
         if number % 3 == 0:
             problem, _ = draw_problem(stream, validation=False, rng=rng)
             question = scienceqa.format_question(problem).replace(IMAGE_TOKEN, "").strip()

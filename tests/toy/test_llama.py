@@ -7,9 +7,9 @@ import torch
 from nanollava.llama import Llama, apply_rotary_emb, rope_cos_sin
 from nanollava.teacher import prompts
 from nanollava.toy.llama import (
-    PatchWordEmbeddings,
     draw_batches,
     easy_texts,
+    embed_patch_words,
     initialize,
     llama_config,
     multiple_choice,
@@ -29,7 +29,7 @@ def test_patch_words_describe_the_thing_on_a_patch():
 
 
 def test_patch_word_embedding_is_the_sum_of_its_words(model, tokenizer):
-    embeds = PatchWordEmbeddings(model, tokenizer)([[["cat", "red"], []]], random.Random(0))
+    embeds = embed_patch_words(model, tokenizer, [[["cat", "red"], []]], random.Random(0))
     table = model.language_model.model.embed_tokens.weight
     (cat,), (red,) = tokenizer.encode("cat"), tokenizer.encode("red")
     torch.testing.assert_close(embeds[0, 0], table[cat] + table[red])
@@ -37,8 +37,8 @@ def test_patch_word_embedding_is_the_sum_of_its_words(model, tokenizer):
 
 
 def test_dropout_of_patch_words_leaves_out_words(model, tokenizer):
-    embed_words = PatchWordEmbeddings(model, tokenizer)
-    embeds = embed_words([[["cat"], ["red"]] * 18], random.Random(0), dropout=0.5)
+    image = [["cat"], ["red"]] * 18
+    embeds = embed_patch_words(model, tokenizer, [image], random.Random(0), dropout=0.5)
     assert 0 < embeds.any(dim=-1).sum() < 36
 
 

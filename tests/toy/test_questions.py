@@ -109,7 +109,16 @@ def test_names_in_questions_are_unambiguous():
 
 
 def test_drawn_questions_are_different_and_of_the_requested_types():
+    possible = all_pairs(questions.ask_kind) | all_pairs(questions.ask_farthest)
     drawn = questions.draw_questions(SCENE, random.Random(0), 3, ("kind", "farthest"))
-    assert len({question for _, question, _ in drawn}) == 3
-    assert {question_type for question_type, _, _ in drawn} <= {"kind", "farthest"}
+    assert len(dict(drawn)) == 3 and set(drawn) <= set(possible.items())
     assert len(questions.draw_questions(SCENE, random.Random(0), 9, ("kind",))) == 3
+
+
+def test_test_questions_are_one_of_each_type_that_the_scene_allows():
+    for things in (SCENE, SCENE[:1]):
+        types = {question_type: (question, answer) for question_type, question, answer
+                 in questions.one_of_each_type(things, random.Random(0))}
+        asked = {name: all_pairs(ask, things) for name, ask in questions.QUESTION_TYPES.items()}
+        assert types.keys() == {name for name, pairs in asked.items() if pairs}
+        assert all(pair in asked[name].items() for name, pair in types.items())
