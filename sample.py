@@ -63,14 +63,13 @@ import torch
 
 from nanollava.chat import open_llava, stream_reply
 from nanollava.image import open_image, preprocess
-from nanollava.infra.device import best_device, best_dtype, compile_blocks
+from nanollava.infra.device import compile_blocks
 
 
 def main(arguments) -> None:
     files = [open_image(path) for path in arguments.image]
     folder = arguments.model or find_toy_model()
-    device = best_device(arguments.device)
-    model, tokenizer = open_llava(folder, best_dtype(device, arguments.dtype), device)
+    model, tokenizer = open_llava(folder, arguments.dtype, arguments.device)
     if arguments.compile:
         compile_blocks(model)
     if model.config.stage == 1:

@@ -11,19 +11,22 @@ import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
 from .data import collate
-from .infra.device import pick_compute_dtype
+from .infra.device import best_device, best_dtype, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
 from .llava import Llava
 from .tokenizer import Tokenizer
 
 
-def open_llava(folder: Path, dtype: torch.dtype, device: str) -> tuple[Llava, Tokenizer]:
-    """A LLaVA with weights in `dtype` on the device, and its tokenizer.
+def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Llava, Tokenizer]:
+    """A LLaVA with weights in `dtype` ("bfloat16") on the device, and its tokenizer.
 
+    None is the fastest dtype or device. Raises InputError if there is no such device.
     On a CPU, weights that would fill more than half of the memory stay in their memory-mapped file,
     in the file's dtype; each layer converts its weights when it runs.
     """
+    device = best_device(device)
+    dtype = best_dtype(device, dtype)
     model, tokenizer = Llava.from_pretrained(folder, dtype=None), Tokenizer(folder)
     model.compute_dtype = pick_compute_dtype(dtype, device)
     num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())

@@ -129,12 +129,12 @@ def add_report_arguments(add) -> None:
 def evaluate_report(arguments) -> tuple[str, None]:
     """Write a page with the losses of a run and its replies to rows of a file."""
     from .benchmarks.report import Exchange, write_report
-    from .chat import stream_reply
+    from .chat import open_llava, stream_reply
     from .data_checks import check_row
     from .image import open_image, preprocess
     from .infra.run_log import read_log
 
-    model, tokenizer = open_model(arguments)
+    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
     cards = []
     rows = list(islice(read_json_list(arguments.data), arguments.limit))
     for number, row in enumerate(progress(rows, "answers", "rows")):
@@ -182,8 +182,7 @@ def evaluate_scienceqa(arguments) -> tuple[str, dict]:
 
 
 def ensembles(arguments, problems: dict, llava: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Answers by problem of GPT-4 alone, LLaVA as its complement, and GPT-4 as judge (section 5.2).
-    """
+    """Answers by problem: GPT-4 alone, LLaVA as its complement, GPT-4 as judge (section 5.2)."""
     train = scienceqa.read_problems(arguments.data, "train")
     examples = [problem for problem in train.values() if not problem.get("image")][:2]
     with Ledger(arguments.ensemble / "alone.jsonl") as ledger:
@@ -269,22 +268,14 @@ def add_chat(add) -> None:
         help="requests in flight at the same time (default: %(default)s)")
 
 
-def open_model(arguments):
-    """The LLaVA and tokenizer of --model, --dtype and --device."""
-    from .chat import open_llava
-    from .infra.device import best_device, best_dtype
-
-    device = best_device(arguments.device)
-    return open_llava(arguments.model, best_dtype(device, arguments.dtype), device)
-
-
 def collect_answers(arguments, questions: dict, default: str) -> dict[str, str]:
     """The replies in --answers by question id; with --model, missing ones are made and added."""
     from .benchmarks.answers import answer_all, read_answers
+    from .chat import open_llava
 
     if not arguments.model:
         return read_answers(arguments.answers)
-    model, tokenizer = open_model(arguments)
+    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
     path = arguments.answers or arguments.model / default
     return answer_all(model, tokenizer, questions, path, arguments.batch_size)
 

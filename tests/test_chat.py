@@ -76,7 +76,7 @@ def test_model_larger_than_half_the_memory_stays_on_disk_with_equal_replies(
     images, replies = torch.randn(1, 3, 32, 32), []
     for memory, dtype in ((10**9, torch.float32), (0, torch.bfloat16)):
         monkeypatch.setattr(os, "sysconf", lambda name: memory)
-        opened, _ = open_llava(tmp_path, torch.float32, "cpu")
+        opened, _ = open_llava(tmp_path, "float32", "cpu")
         assert {parameter.dtype for parameter in opened.parameters()} == {dtype}
         replies += generate_replies(opened, tokenizer, [QUESTION], images, max_new_tokens=12)
     assert replies[0] == replies[1]
