@@ -137,7 +137,7 @@ def main(arguments) -> None:
     settings = [resolve_settings(arguments, stage, device, distributed.world_size())
                 for stage in stages]
     if not arguments.data:
-        distributed.on_rank0(partial(draw_toy_world, arguments.seed))
+        distributed.on_rank0(draw_toy_world, arguments.seed)
     if arguments.stage:
         train_stage(settings[0])
     else:
@@ -187,7 +187,7 @@ def train_stage(settings: Settings) -> None:
     """Stage 1 or 2: from a LLaVA, or a CLIP and a LLaMA, to a LLaVA in settings.out."""
     out = settings.out
     if settings.resume and (out / "config.json").is_file():
-        distributed.on_rank0(partial(remove_leftovers, out))
+        distributed.on_rank0(remove_leftovers, out)
         return print0(f"{out} is finished")
     torch.manual_seed(settings.seed)  # for a new projector and LoRA's matrices
 
@@ -209,7 +209,7 @@ def train_stage(settings: Settings) -> None:
     optimizers = adamw(model, settings.lr)
 
     # 4. train, from the last checkpoint if there is one
-    distributed.on_rank0(partial(remove_leftovers, out))
+    distributed.on_rank0(remove_leftovers, out)
     checkpoints = Checkpoints(out / "resume", model, optimizers,
                               run_identity(settings, model, dataset, num_steps))
     run = Run(f"stage {settings.stage}", num_steps, checkpoints, out / "log.jsonl",
@@ -220,7 +220,7 @@ def train_stage(settings: Settings) -> None:
         train(run, model, batches, optimizers, forward_backward, validate)
 
     # 5. the result
-    distributed.on_rank0(partial(write_loss_curve, settings))
+    distributed.on_rank0(write_loss_curve, settings)
     save_model(model, out, tokenizer, settings)
     checkpoints.clear()
 
@@ -289,7 +289,7 @@ def validate_stage(model: Llava, val_set: Conversations, tokenizer: Tokenizer, s
     loss = mean_loss(model, batches, settings.device)
     if loss < best_loss:
         save_model(model, settings.out / "best.part", tokenizer, settings)
-        distributed.on_rank0(partial(replace_best, settings.out))
+        distributed.on_rank0(replace_best, settings.out)
     return loss
 
 

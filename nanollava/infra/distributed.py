@@ -74,7 +74,7 @@ def all_gather_list(items: list) -> list:
     return [item for one_list in lists for item in one_list]
 
 
-def on_rank0(function: Callable[[], object]) -> None:
+def on_rank0(function: Callable, *arguments) -> None:
     """Call a function on rank 0 while the other ranks wait.
 
     If it fails with InputError or OSError, all ranks raise InputError: none is left waiting.
@@ -82,7 +82,7 @@ def on_rank0(function: Callable[[], object]) -> None:
     errors = []
     if rank() == 0:
         try:
-            function()
+            function(*arguments)
         except (InputError, OSError) as error:
             errors = [str(error)]
     for message in all_gather_list(errors):

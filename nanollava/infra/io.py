@@ -103,11 +103,12 @@ def read_json(path: str | Path):
         return json.loads(read_text(path))
 
 
-def hash_file(digest, path: str | Path) -> None:
-    """Feed a file to a `hashlib` object chunk by chunk."""
+def hash_file(digest, path: str | Path):
+    """Feed a file to a `hashlib` object chunk by chunk, and return the object."""
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
+    return digest
 
 
 def read_json_list(path: str | Path):

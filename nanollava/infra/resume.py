@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from .io import InputError, read_json, write_json
 
 NAME = re.compile(r"step-\d+|\.step-\d+\.part")  # of a checkpoint, complete or not
 IO_ERRORS = (OSError, SafetensorError, CheckpointException)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is normal
 
 
 class Checkpoints:
@@ -61,11 +61,10 @@ class Checkpoints:
         """
         path, temp = self.folder / f"step-{step}", self.folder / f".step-{step}.part"
         try:
-            distributed.on_rank0(partial(self.begin_save, temp))
-            with ignore_single_process_warning():
-                writer = HuggingFaceStorageWriter(str(temp), save_distributed=True)
-                dcp.save(self.state(), storage_writer=writer)
-            distributed.on_rank0(partial(self.end_save, temp, path, step))
+            distributed.on_rank0(self.begin_save, temp)
+            writer = HuggingFaceStorageWriter(str(temp), save_distributed=True)
+            dcp.save(self.state(), storage_writer=writer)
+            distributed.on_rank0(self.end_save, temp, path, step)
         except IO_ERRORS as error:
             if distributed.rank() == 0:
                 self.remove(".step-*.part")  # do not leave a full disk full
@@ -101,8 +100,7 @@ class Checkpoints:
             reader = HuggingFaceStorageReader(str(path))
             self.allocate_optimizer_state(reader, path)
             state = self.state()
-            with ignore_single_process_warning():
-                dcp.load(state, storage_reader=reader)  # fills the tensors of `state` in place
+            dcp.load(state, storage_reader=reader)  # fills the tensors of `state` in place
         except IO_ERRORS as error:
             raise InputError(f"cannot read {path}: {error_reason(error)}") from error
         torch.set_rng_state(state["random"])
@@ -153,11 +151,3 @@ def error_reason(error: BaseException) -> str:
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return getattr(error, "strerror", None) or str(error)
-
-
-class ignore_single_process_warning(warnings.catch_warnings):
-    """Without torch's warning that torch.distributed is disabled."""
-
-    def __enter__(self):
-        super().__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -50,10 +50,6 @@ def llava_name(name: str) -> str | None:
     return name.replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
-def public_llava_name(name: str) -> str:
-    return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-
-
 # ---------------------------------------------------------------------------------------------
 # The second layer. The public projector is linear_2(activation(linear_1(x))), always two layers.
 # A linear one is written with the activation "linear", which is none, and an identity as linear_2.
@@ -70,8 +66,7 @@ def add_identity(tensors: dict[str, torch.Tensor]) -> None:
 
 def drop_identity(tensors: dict[str, torch.Tensor], folder: str | Path) -> None:
     """Remove the second layer. Raises InputError if it is not an identity, so does something."""
-    weight = tensors.pop(LINEAR_2 + "weight", None)
-    bias = tensors.pop(LINEAR_2 + "bias", None)
+    weight, bias = (tensors.pop(LINEAR_2 + name, None) for name in ("weight", "bias"))
     if weight is None:
         return
     identity = torch.eye(len(weight), dtype=weight.dtype)
@@ -133,28 +128,24 @@ def load_llava(module, folder, dtype, device) -> None:
 
 def drop_tied_head(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Some files repeat tied embeddings as lm_head. Remove it if the module has none."""
-    parameters = dict(module.named_parameters())
-    for name in tensors.keys() - parameters.keys():
+    for name in tensors.keys() - dict(module.named_parameters()).keys():
         embeddings = tensors.get(name.replace("lm_head.", "model.embed_tokens."))
-        if name.endswith("lm_head.weight") and embeddings is not None:
-            if torch.equal(tensors[name], embeddings):
-                del tensors[name]
+        is_head = name.endswith("lm_head.weight") and embeddings is not None
+        if is_head and torch.equal(tensors[name], embeddings):
+            del tensors[name]
 
 
-def save_llava(
-    folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], files=(),
-) -> None:
+def save_llava(folder: Path, config: dict, tensors: dict[str, torch.Tensor], files=()) -> None:
     """Write a LLaVA. `config` is `asdict(LlavaConfig)`."""
-    tensors = {public_llava_name(name): tensor for name, tensor in tensors.items()}
+    tensors = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor
+               for name, tensor in tensors.items()}
     if config["projector"] == "linear":
         add_identity(tensors)
     add_image_row(tensors, config["image_token_id"])
     save_folder(folder, llava_json(config), tensors, files)
 
 
-def save_folder(
-    folder: str | Path, config: dict, tensors: dict[str, torch.Tensor], files=(),
-) -> None:
+def save_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], files=()) -> None:
     """Write a model folder: copies of `files`, the tensors, and last config.json.
 
     A folder with a config.json is therefore complete, even if an earlier run was killed.

@@ -133,17 +133,12 @@ def download(file: RemoteFile, report) -> None:
 
     for _ in range(2):
         retry(attempt, file.received)
-        if file.received() == file.size and file.sha256 in (None, sha256_of(file.path)):
+        sha256 = hash_file(hashlib.sha256(), file.path).hexdigest()
+        if file.received() == file.size and file.sha256 in (None, sha256):
             return
         file.path.unlink()  # an earlier run may have left wrong bytes
     raise InputError(f"{file.url}: the download does not have the size or SHA-256 that the hub "
                      f"announces ({file.size} bytes, {file.sha256})")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    hash_file(digest, path)
-    return digest.hexdigest()
 
 
 def fetch(repository: str, out: Path, revision: str = "main") -> None:
@@ -158,11 +153,10 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
 
     # The commit is part of the name, so files of two revisions never mix.
     partial = out.with_name(f".{out.name}.{commit[:12]}.part")
-    model, pickles = partial / "model", partial / "pickles"
-    for folder in (model, pickles):
-        folder.mkdir(parents=True, exist_ok=True)
+    model = partial / "model"
+    model.mkdir(parents=True, exist_ok=True)
     files = [RemoteFile(f"{hub}/{repository}/resolve/{commit}/{name}",
-                        (pickles if name.endswith(".bin") else model) / name, **entry)
+                        (partial if name.endswith(".bin") else model) / name, **entry)
              for name, entry in entries.items()]
     with open(partial / "lock", "w") as lock:
         lock_file(lock, out)
@@ -170,8 +164,9 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
             stray.unlink()  # left by a conversion that was killed
         check_disk_space(files, out)
         download_all(files, repository)
-        if any(pickles.iterdir()):
-            convert_pickles(sorted(pickles.iterdir()), model)
+        pickles = sorted(partial.glob("*.bin"))
+        if pickles:
+            convert_pickles(pickles, model)
         model.rename(out)
     shutil.rmtree(partial)
 

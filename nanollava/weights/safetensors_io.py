@@ -52,10 +52,8 @@ def shard_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def load_strict(
-    module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: str | Path,
-    dtype: torch.dtype, device: torch.device | str,
-) -> None:
+def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: str | Path,
+                dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Replace the parameters of a module, which may be on the meta device, by tensors.
 
     Raises InputError if names or shapes differ; `folder` is for this message.
@@ -79,24 +77,21 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     Raises InputError if a file cannot be written.
     """
     shards = split_into_shards(tensors)
-    files = [SINGLE] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards):
+    for file, names in shards.items():
         write_shard(folder / file, {name: tensors[name] for name in names})
-    for stale in {*folder.glob("model*.safetensors")} - {folder / file for file in files}:
+    for stale in {*folder.glob("model*.safetensors")} - {folder / file for file in shards}:
         stale.unlink()
     if len(shards) == 1:
         (folder / INDEX).unlink(missing_ok=True)
     else:
         size = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(folder / INDEX, index, indent=2)
 
 
-def split_into_shards(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
-    """Names of tensors, in order, in groups of at most MAX_SHARD_BYTES."""
+def split_into_shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """{file: names of its tensors, at most MAX_SHARD_BYTES together}, in order."""
     shards, size = [[]], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
@@ -104,7 +99,10 @@ def split_into_shards(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
             size = 0
         shards[-1].append(name)
         size += tensor.nbytes
-    return shards
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": names
+            for number, names in enumerate(shards, 1)}
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:

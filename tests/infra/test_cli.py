@@ -23,7 +23,8 @@ def parse(*words):
     return parser.parse_args(words)
 
 
-@pytest.mark.parametrize("words", [(), ("--stage", "1", "--lr=1"), ("--top", "--data", "x"), ("--top", "--stage=2")])
+@pytest.mark.parametrize("words", [
+    (), ("--stage", "1", "--lr=1"), ("--top", "--data", "x"), ("--top", "--stage=2")])
 def test_flags_that_act_are_accepted(words):
     check_flags(parse(*words), NEEDS, CONFLICTS)
 

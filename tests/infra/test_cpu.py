@@ -18,7 +18,8 @@ def test_weight_of_another_dtype_is_cast_chunk_by_chunk(monkeypatch, shape, bias
     expected = F.linear(x, layer.weight.float(), layer.bias.float() if bias else None)
     monkeypatch.setattr(cpu, "CHUNK_NUMEL", 8 * 40)
     chunks, cast = [], torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *how: chunks.append(x.numel()) or cast(x, *how))
+    monkeypatch.setattr(torch.Tensor, "to",
+                        lambda x, *how: chunks.append(x.numel()) or cast(x, *how))
     with torch.no_grad():
         y = layer(x)
     monkeypatch.undo()
@@ -26,7 +27,8 @@ def test_weight_of_another_dtype_is_cast_chunk_by_chunk(monkeypatch, shape, bias
     assert max(chunks) == 8 * 32  # whole slices only
 
 
-@pytest.mark.parametrize("batch_size, out, slices", [(1, 48, 16), (3, 32, 16), (2, 50, 2), (4, 33, 1)])
+@pytest.mark.parametrize("batch_size, out, slices",
+                         [(1, 48, 16), (3, 32, 16), (2, 50, 2), (4, 33, 1)])
 def test_next_tokens_are_multiplied_by_slices_of_the_weight(monkeypatch, batch_size, out, slices):
     x, weight = torch.randn(batch_size, 1, 8), torch.randn(out, 8)
     shapes, bmm = [], torch.bmm

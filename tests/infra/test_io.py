@@ -74,13 +74,15 @@ def test_chunks_of_any_size_give_the_same_items(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(io, "CHUNK", chunk)
     items = [12.5, -1e-30, {"a": ["é日", "],", "\\\""]}, "", True, [], 7]
     path = tmp_path / "a.json"
-    path.write_text("\ufeff \n" + json.dumps(items, ensure_ascii=False, indent=chunk % 4), "utf-8")
+    text = json.dumps(items, ensure_ascii=False, indent=chunk % 4)
+    path.write_text("\ufeff \n" + text, "utf-8")
     scanned = list(scan_json_list(path))
     assert [item for item, _, _ in scanned] == items
     assert [read_json_item(path, start, end) for _, start, end in scanned] == items
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[", "[1", "[1, 2", "[1, {]", "[1 x]", "[1x]", "[\xff]"])
+@pytest.mark.parametrize("text", [
+    "", "{}", "[", "[1", "[1, 2", "[1, {]", "[1 x]", "[1x]", "[\xff]", '["\xff"]'])
 def test_file_that_is_not_a_json_list_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match="a.json is not (a JSON list|JSON: .*)$"):
