@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -43,17 +42,13 @@ TABLE_4 = {  # instruction data: name of the row, its label, its kinds, the pape
 SCORES = (*INSTRUCTION_KINDS, "all")  # the columns of table 4: kinds of questions
 
 
-# ---------------------------------------------------------------------------------------------
-# The data
-
-
-def write_data(root: Path, seed: int = 0) -> None:
+def write_data(root: Path) -> None:
     """Write what is missing: the toy world, its bench and its ScienceQA, and the training rows."""
     world, problems = root / "world", root / "scienceqa"
     writers = {world: write_world, root / "bench": write_bench, problems: write_problems}
     for folder, write in writers.items():
         if not folder.exists():
-            write(folder, seed)
+            write(folder)
     for order in ORDERS:
         write_json(root / f"{order}.json", read_rows(problems, "train", order))
     instruct = read_json(world / "instruct.json")
@@ -64,11 +59,6 @@ def write_data(root: Path, seed: int = 0) -> None:
     # stage 0 trains the small LLM with the vocabulary of the CLIP that it finds
     if not (root / "small" / "toy-clip").exists():
         shutil.copytree(CLIP, root / "small" / "toy-clip")
-
-
-@lru_cache
-def count_rows(path: Path) -> int:
-    return len(read_json(path))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,7 +83,7 @@ class Task:
 
     @property
     def needs(self) -> list[Path]:
-        """Files that must exist before it starts: of the models that other tasks make."""
+        """The files of other tasks that must exist before it starts."""
         return [folder / "config.json" for flag, folder in zip(self.arguments, self.arguments[1:])
                 if flag in ("--model", "--llm") and folder != LLM]
 
@@ -110,7 +100,7 @@ class Repetition:
               share: float = 1.0) -> Task:
         """Train for a share of the steps. `start`: the flags that name the initial model."""
         out = self.root / f"seed{self.seed}" / name
-        epochs = round(share * self.steps) * BATCH_SIZE / count_rows(data)
+        epochs = round(share * self.steps) * BATCH_SIZE / len(read_json(data))
         return Task(out / "config.json", [
             TRAIN, "--stage", stage, *start, "--data", data, "--images", images,
             "--epochs", epochs, "--batch-size", BATCH_SIZE, "--seed", self.seed,
@@ -118,25 +108,18 @@ class Repetition:
 
     def stage1(self, name: str, llm: Path, *flags) -> Task:
         world, start = self.root / "world", ["--vision-tower", CLIP, "--llm", llm, *flags]
-        return self.train(
-            f"stage1-{name}", 1, start, world / "pretrain.json", world / "images")
+        return self.train(f"stage1-{name}", 1, start, world / "pretrain.json", world / "images")
 
     def scienceqa(self, name: str, start: list, order: str = ORDERS[0],
                   share: float = 1.0) -> list[Task]:
         """Fine-tune on ScienceQA, then evaluate."""
-        problems = self.root / "scienceqa"
-        model = self.train(
-            f"scienceqa-{name}", 2, start, self.root / f"{order}.json", problems, share)
+        problems, data = self.root / "scienceqa", self.root / f"{order}.json"
+        model = self.train(f"scienceqa-{name}", 2, start, data, problems, share)
         return [model, evaluate(model, "scienceqa", "--data", problems, "--batch-size", 64)]
-
-    def instruct(self, name: str, start: list) -> list[Task]:
-        """Fine-tune on some kinds of instruction data, then evaluate on the bench."""
-        world = self.root / "world"
-        model = self.train(name, 2, start, world / f"{name}.json", world / "images")
-        return [model, evaluate(model, "toy", "--data", self.root / "bench")]
 
     def tasks(self) -> list[Task]:
         """All tasks, each after those whose models it needs."""
+        world, bench = self.root / "world", self.root / "bench"
         best = self.stage1("best", LLM)
         last_layer = self.stage1("last-layer", LLM, "--feature-layer", -1)
         small_llm = self.stage1("small-llm", self.root / "small" / "toy-llama")
@@ -152,14 +135,16 @@ class Repetition:
         # table 4
         for name, (_, kinds, _) in TABLE_4.items():
             if kinds:
-                tasks += self.instruct(name, after_best)
-        return [*tasks, evaluate(best, "toy", "--data", self.root / "bench")]
+                data = world / f"{name}.json"
+                model = self.train(name, 2, after_best, data, world / "images")
+                tasks += [model, evaluate(model, "toy", "--data", bench)]
+        return [*tasks, evaluate(best, "toy", "--data", bench)]
 
 
 def evaluate(model: Task, *arguments) -> Task:
     out = model.folder / "score.json"
-    return Task(out, [
-        "-m", "nanollava.evaluate", *arguments, "--model", model.folder, "--out", out])
+    command = ["-m", "nanollava.evaluate", *arguments]
+    return Task(out, [*command, "--model", model.folder, "--out", out])
 
 
 def list_tasks(root: Path, seeds: int, steps: int) -> list[Task]:
@@ -183,9 +168,8 @@ def run_tasks(tasks: list[Task], num_processes: int) -> None:
     Ctrl-C; training saves a checkpoint.
     """
     waiting, running = [task for task in tasks if not task.product.exists()], {}
-    done = len(tasks) - len(waiting)
     num_threads = max(1, os.cpu_count() // num_processes)
-    with Progress("ablations", len(tasks), "runs", done) as progress:
+    with Progress("ablations", len(tasks), "runs", len(tasks) - len(waiting)) as progress:
         try:
             while waiting or running:
                 ready = [task for task in waiting if all(path.exists() for path in task.needs)]
@@ -196,7 +180,7 @@ def run_tasks(tasks: list[Task], num_processes: int) -> None:
                 for process in [process for process in running if process.poll() is not None]:
                     task = running.pop(process)
                     check_success(task, process.returncode)
-                    done += 1
+                    done = len(tasks) - len(waiting) - len(running)
                     progress.update(done, str(task.folder))
         finally:
             for process in running:
@@ -232,30 +216,23 @@ def read_results(root: Path, seeds: int) -> dict:
     {"scienceqa": {row of table 8: [...]}, "orders": {share of the steps: {order: [...]}},
     "data": {row of table 4: {kind of questions or "all": [...]}}}
     """
-    full = SHARES[-1]
-    table_8 = {name: scienceqa_accuracies(
-        root, seeds, f"{name}-{full}" if name in ("best", "answer-first") else name)
-        for name in TABLE_8}
-    orders = {share: {order: scienceqa_accuracies(root, seeds, f"{name}-{share}")
-                      for order, name in zip(ORDERS, ("best", "answer-first"), strict=True)}
+
+    def scores(name: str) -> list[dict]:
+        return [read_json(root / f"seed{seed}" / name / "score.json") for seed in range(seeds)]
+
+    def scienceqa(name: str) -> list[float]:
+        return [score["accuracy"]["AVG"] for score in scores(f"scienceqa-{name}")]
+
+    def bench(name: str) -> dict[str, list[float]]:
+        return {kind: [score["model"][kind] for score in scores(name)] for kind in SCORES}
+
+    runs = dict(zip(ORDERS, ("best", "answer-first"), strict=True))  # trained for several shares
+    orders = {share: {order: scienceqa(f"{name}-{share}") for order, name in runs.items()}
               for share in SHARES}
-    table_4 = {name: bench_accuracies(root, seeds, name if kinds else "stage1-best")
+    table_8 = {name: scienceqa(f"{name}-1" if name in runs.values() else name) for name in TABLE_8}
+    table_4 = {name: bench(name if kinds else "stage1-best")
                for name, (_, kinds, _) in TABLE_4.items()}
     return {"scienceqa": table_8, "orders": orders, "data": table_4}
-
-
-def scienceqa_accuracies(root: Path, seeds: int, name: str) -> list[float]:
-    scores = read_scores(root, seeds, f"scienceqa-{name}")
-    return [score["accuracy"]["AVG"] for score in scores]
-
-
-def bench_accuracies(root: Path, seeds: int, name: str) -> dict[str, list[float]]:
-    scores = read_scores(root, seeds, name)
-    return {kind: [score["model"][kind] for score in scores] for kind in SCORES}
-
-
-def read_scores(root: Path, seeds: int, name: str) -> list[dict]:
-    return [read_json(root / f"seed{seed}" / name / "score.json") for seed in range(seeds)]
 
 
 def format_results(results: dict) -> str:

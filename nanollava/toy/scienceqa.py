@@ -26,50 +26,46 @@ SCENE_PROBLEMS = {  # type of question: subject, grades, lecture
     "relation": ("social science", (7, 12), "To compare two things, find the place of each."),
     "farthest": ("social science", (7, 12), "To find the farthest thing, find the place of each."),
 }
-GROUPS = {
-    "an animal": ("cat", "fish", "bird"), "a plant": ("tree",),
-    "made by people": ("house", "car", "ball"),
+WORD_PROBLEMS = {
+    "group": ("natural science", (1, 6),
+              "Animals and plants live. A house, a car and a ball are made by people."),
+    "alphabet": ("language science", (1, 6), "A dictionary goes by the alphabet."),
+    "word class": ("language science", (7, 12), "A word may name a thing, a color or a size."),
 }
+GROUPS = {"an animal": ("cat", "fish", "bird"), "a plant": ("tree",),
+          "made by people": ("house", "car", "ball")}
 
 
-def make_problem(
-    question: str, truth: str, others: list[str], lecture: str, solution: str, subject: str,
-    grades: tuple[int, int], rng: random.Random,
-) -> dict:
+def make_problem(problem_type: str, question: str, truth: str, others: list[str], solution: str,
+                 rng: random.Random) -> dict:
     """A problem in ScienceQA's format, its options in random order."""
+    subject, grades, lecture = (SCENE_PROBLEMS | WORD_PROBLEMS)[problem_type]
     choices = rng.sample([truth, *others], 1 + len(others))
     return {
         "question": question, "choices": choices, "answer": choices.index(truth), "hint": "",
         "image": None, "task": "closed choice", "grade": f"grade{rng.randint(*grades)}",
-        "subject": subject, "lecture": lecture, "solution": solution,
-    }
+        "subject": subject, "lecture": lecture, "solution": solution}
 
 
 def scene_problem(things: scene.Scene, rng: random.Random) -> dict | None:
     """A problem of a random type about a scene, or None if the scene allows none of that type."""
     question_type = rng.choice(tuple(SCENE_PROBLEMS))
-    subject, grades, lecture = SCENE_PROBLEMS[question_type]
-    pairs = questions.draw_questions(things, rng, 1, (question_type,))
-    if not pairs:
-        return None
-    (question, solution), = pairs
-    options = possible_answers(question_type, things)
-    truth = next((option for option in options if solution.endswith(f" {option}.")), None)
-    if truth is None:  # "so two cats": only the count of all things ends with a number
-        return None
-    others = [option for option in options if option != truth]
-    if question_type == "relation":  # left or right, above or below: as in the question
-        others = [option for option in others if option in question]
-    others = rng.sample(others, min(len(others), 3))
-    return make_problem(question, truth, others, lecture, solution, subject, grades, rng)
+    for question, solution in questions.draw_questions(things, rng, 1, (question_type,)):
+        options = possible_answers(question_type, question, things)
+        truth = [option for option in options if solution.endswith(f" {option}.")]
+        if truth:  # "so two cats" has none: only the count of all things ends with a number
+            others = [option for option in options if option not in truth]
+            others = rng.sample(others, min(len(others), 3))
+            return make_problem(question_type, question, truth[0], others, solution, rng)
+    return None
 
 
-def possible_answers(question_type: str, things: scene.Scene) -> list[str]:
-    """Everything that an answer to a question of this type may end with."""
+def possible_answers(question_type: str, question: str, things: scene.Scene) -> list[str]:
+    """Everything that the answer to a question of this type may end with."""
     return {
         "kind": list(scene.KINDS), "color": list(scene.COLORS), "place": list(scene.PLACES),
-        "same color": ["yes", "no"], "count": list(questions.NUMBERS[1:4]),
-        "relation": ["left", "right", "above", "below"],
+        "same color": ["yes", "no"], "count": list(questions.NUMBERS[1:]),
+        "relation": [word for word in ("left", "right", "above", "below") if word in question],
         "farthest": [questions.unique_name(thing, things) for thing in things],
     }[question_type]
 
@@ -78,20 +74,15 @@ def group_problem(rng: random.Random) -> dict:
     group = rng.choice(tuple(GROUPS))
     truth = rng.choice(GROUPS[group])
     others = rng.sample([kind for kind in scene.KINDS if kind not in GROUPS[group]], 2)
-    return make_problem(
-        f"Which of these is {group}?", truth, others,
-        "Animals and plants live. A house, a car and a ball are made by people.",
-        questions.sentence(f"{questions.with_article(truth)} is {group}"),
-        "natural science", (1, 6), rng)
+    solution = questions.sentence(f"{questions.with_article(truth)} is {group}")
+    return make_problem("group", f"Which of these is {group}?", truth, others, solution, rng)
 
 
 def alphabet_problem(rng: random.Random) -> dict:
-    first, *others = sorted(rng.sample([*scene.KINDS, *scene.COLORS], 3))
-    return make_problem(
-        "Which word comes first in a dictionary?", first, others,
-        "A dictionary goes by the alphabet.",
-        questions.sentence(f"by the alphabet: {first}, {others[0]}, {others[1]}"),
-        "language science", (1, 6), rng)
+    first, *others = words = sorted(rng.sample([*scene.KINDS, *scene.COLORS], 3))
+    question = "Which word comes first in a dictionary?"
+    solution = questions.sentence(f"by the alphabet: {', '.join(words)}")
+    return make_problem("alphabet", question, first, others, solution, rng)
 
 
 def word_problem(things: scene.Scene, rng: random.Random) -> dict:
@@ -101,9 +92,8 @@ def word_problem(things: scene.Scene, rng: random.Random) -> dict:
     word_class = rng.choice(tuple(words))
     truth = words.pop(word_class)
     problem = make_problem(
-        f"Which word of the text is {word_class}?", truth, list(words.values()),
-        "A word may name a thing, a color or a size.",
-        questions.sentence(f"{truth} is {word_class}"), "language science", (7, 12), rng)
+        "word class", f"Which word of the text is {word_class}?", truth, list(words.values()),
+        questions.sentence(f"{truth} is {word_class}"), rng)
     return problem | {"hint": questions.sentence(f"{questions.noun_phrase(thing)} {thing.place}")}
 
 
@@ -116,9 +106,8 @@ def is_validation_problem(problem: dict) -> bool:
     return zlib.crc32(repr(content).encode()) % 5 == 0
 
 
-def draw_problem(
-    scenes: Iterator[scene.Scene], validation: bool, rng: random.Random,
-) -> tuple[dict, scene.Scene | None]:
+def draw_problem(scenes: Iterator[scene.Scene], validation: bool,
+                 rng: random.Random) -> tuple[dict, scene.Scene | None]:
     """A random problem, and the scene of its image or None if it has no image."""
     choice, problem = rng.random(), None
     if choice < 0.2:
@@ -137,16 +126,13 @@ def draw_problem(
     return problem | {"image": "image.png", "hint": hint}, things
 
 
-def write_problems(
-    folder: str | Path, seed: int = 0, train: int = 6400, tests: int = 400) -> None:
+def write_problems(folder: str | Path, seed: int = 0, train: int = 6400, tests: int = 400) -> None:
     """Write problems.json, pid_splits.json and SPLIT/ID/image.png to a new folder.
 
-    `train` problems are for training, `tests` each for val and test. Raises InputError if the
-    folder exists.
+    val and test have `tests` problems each. Raises InputError if the folder exists.
     """
     rng, problems, splits = random.Random(seed), {}, {split: [] for split in SPLITS}
-    training = scene.random_scenes(rng)
-    validation = scene.random_scenes(rng, validation=True)
+    training, validation = scene.random_scenes(rng), scene.random_scenes(rng, validation=True)
     order = [split for split, count in zip(SPLITS, (train, tests, tests)) for _ in range(count)]
     with atomic_folder(folder) as temporary:
         for number, split in enumerate(progress(order, "toy problems", "problems"), 1):

@@ -5,7 +5,6 @@ import threading
 import pytest
 
 from nanollava.infra.io import InputError
-from nanollava.toy import ablations
 from nanollava.toy.ablations import (
     SCORES,
     SHARES,
@@ -43,7 +42,6 @@ def test_every_task_comes_after_its_models_and_has_its_own_product(root):
 
 def test_all_trainings_take_the_same_number_of_steps(root):
     (root / "world" / "conversation.json").write_text(json.dumps([0] * 80))
-    ablations.count_rows.cache_clear()
     for task in list_tasks(root, seeds=1, steps=10):
         if "--epochs" in task.arguments:
             flags = dict(zip(task.arguments, task.arguments[1:]))
