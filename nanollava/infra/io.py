@@ -34,18 +34,18 @@ def atomic_write(path: str | Path):
     temp = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temp.touch()
-            mode = temp.stat().st_mode
-            yield temp
-            temp.chmod(mode)  # safetensors creates files that only their owner can read
-            with open(temp, "rb") as file:
-                os.fsync(file.fileno())  # the content must be on the disk before the name is
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
+        temp.touch()
+        mode = temp.stat().st_mode
+        yield temp
+        temp.chmod(mode)  # safetensors creates files that only their owner can read
+        with open(temp, "rb") as file:
+            os.fsync(file.fileno())  # the content must be on the disk before the name is
+        os.replace(temp, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class Run:
     """
 
     def __init__(self, label: str, num_steps: int, checkpoints=None, log_path: Path | None = None,
-                 save_every: int = 0):
+                 save_every: int = 500):
         self.label, self.num_steps, self.save_every = label, num_steps, save_every
         self.checkpoints, self.log_path = checkpoints, log_path
         self.start = checkpoints.load() if checkpoints else 0
@@ -81,8 +81,7 @@ class Run:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint follows this step: every `save_every` steps, and after the last."""
-        regular = self.save_every > 0 and (step + 1) % self.save_every == 0
-        return regular or step + 1 == self.num_steps
+        return (step + 1) % self.save_every == 0 or step + 1 == self.num_steps
 
     def log(self, step: int, loss: float, lr: float, grad_norm: float, num_tokens: int,
             val_loss: float | None = None) -> None:

@@ -11,19 +11,16 @@ from pathlib import Path
 from ..conversation import TEMPLATES
 from ..infra.io import InputError, read_json
 
-CLIP_DEFAULTS = dict(
+CLIP_DEFAULTS = dict(  # ViT-B/32
     image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-    num_attention_heads=12, layer_norm_eps=1e-5,
-)  # ViT-B/32
-LLAMA_DEFAULTS = dict(
+    num_attention_heads=12, layer_norm_eps=1e-5)
+LLAMA_DEFAULTS = dict(  # LLaMA-7B
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
-    rope_theta=10000.0, max_position_embeddings=2048,
-)  # LLaMA-7B
-LLAVA_VISION = dict(
+    rope_theta=10000.0, max_position_embeddings=2048)
+LLAVA_VISION = dict(  # ViT-L/14-336, for a LLaVA whose config.json has no vision_config
     image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-    num_attention_heads=16,
-)  # ViT-L/14-336, for a LLaVA whose config.json has no vision_config
+    num_attention_heads=16)
 PROJECTOR_OF_ACT = {"linear": "linear", "gelu": "mlp2x_gelu"}  # keys: projector_hidden_act
 ACT_OF_PROJECTOR = {projector: act for act, projector in PROJECTOR_OF_ACT.items()}
 
@@ -134,8 +131,7 @@ def llava_config(raw: dict) -> dict:
         vision=vision, text=text, projector=projector_name(raw),
         feature_layer=feature_layer(raw, vision["num_hidden_layers"]),
         image_token_id=image_token_id, template=own.get("template", "vicuna_v1"),
-        stage=own.get("stage", 2),
-    )
+        stage=own.get("stage", 2))
 
 
 def projector_name(raw: dict) -> str:
@@ -183,8 +179,7 @@ def llava_json(config: dict) -> dict:
     vision, text = config["vision"], config["text"]
     rows = max(text["vocab_size"], config["image_token_id"] + 1)  # see hf_format.add_image_row
     raw = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": config["image_token_id"],
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
         "projector_hidden_act": ACT_OF_PROJECTOR.get(config["projector"]),
