@@ -120,7 +120,7 @@ from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
 from nanollava.tokenizer import Tokenizer
 from nanollava.toy.dataset import write_world
-from nanollava.toy.score import evaluate_run, write_run_report
+from nanollava.toy.score import evaluate_run
 from nanollava.toy.stage0 import evaluate_parts, train_parts
 from nanollava.training import (DivergedError, adamw, apply_gradient_checkpointing,
                                 forward_backward, freeze, mean_loss, recompute_swiglu, train)
@@ -156,9 +156,7 @@ def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
     train_stage(replace(stage1, out=folder / "stage1"))
     train_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1"))
     if distributed.rank() == 0:
-        columns, rows, predictions = evaluate_run(folder, data, stage2.device)
-        print(percent_table(columns))
-        write_run_report(folder, data, columns, rows, predictions)
+        print(percent_table(evaluate_run(folder, data, stage2.device)))
         print0(f"look at it in a browser: {folder / 'report.html'}")
         print0("ask it something: python sample.py --image cat.jpg")
 

@@ -68,7 +68,7 @@ def evaluate_toy(arguments) -> tuple[str, dict]:
     from .infra.device import best_device
     from .llava import Llava
     from .tokenizer import Tokenizer
-    from .toy.score import accuracy, answer_rows, evaluate_run, write_run_report
+    from .toy.score import accuracy, answer_rows, evaluate_run
 
     device = best_device(arguments.device)
     if arguments.model:
@@ -78,9 +78,7 @@ def evaluate_toy(arguments) -> tuple[str, dict]:
                                   arguments.data / "images", "answers")
         columns = {"model": accuracy(rows, predictions)}
     else:
-        columns, rows, predictions = evaluate_run(
-            arguments.run, arguments.data, device, arguments.limit)
-        write_run_report(arguments.run, arguments.data, columns, rows, predictions)
+        columns = evaluate_run(arguments.run, arguments.data, device, arguments.limit)
     return percent_table(columns), columns
 
 

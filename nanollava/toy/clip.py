@@ -151,10 +151,11 @@ def draw_batch(seed: int, step: int, batch_size: int) -> tuple:
     rng = random.Random(f"{seed} {step}")
     scenes, style = draw_scenes(rng, batch_size), rng.randrange(CAPTION_STYLES)
     boxes = [scene.random_boxes(things, rng) for things in scenes]
-    images = torch.stack([draw_pixels(*pair, rng) for pair in zip(scenes, boxes)])
+    images = [scene.draw_image(*pair, rng) for pair in zip(scenes, boxes)]
+    pixels = torch.stack([preprocess(image, scene.IMAGE_SIZE) for image in images])
     patches = [(row, *patch) for row, pair in enumerate(zip(scenes, boxes))
                for patch in sample_patches(*pair, rng)]
-    return images, scenes, patches, style
+    return pixels, scenes, patches, style
 
 
 def draw_scenes(rng: random.Random, count: int) -> list[Scene]:
@@ -177,13 +178,7 @@ def change_one_attribute(things: Scene, rng: random.Random) -> Scene:
     taken = [getattr(thing, attribute) for thing in compared]
     value = rng.choice([value for value in values[attribute] if value not in taken])
     changed = replace(things[index], **{attribute: value})
-    result = (*things[:index], changed, *things[index + 1 :])
-    return tuple(sorted(result, key=lambda thing: thing.cell))
-
-
-def draw_pixels(things: Scene, boxes: list[Box], rng: random.Random) -> torch.Tensor:
-    """The image of a scene as the ViT takes it, (3, H, W)."""
-    return preprocess(scene.draw_image(things, boxes, rng), VISION_CONFIG.image_size)
+    return tuple(sorted((*things[:index], changed, *things[index + 1 :])))
 
 
 def things_on_patches(things: Scene, boxes: list[Box]) -> list[Thing | None]:
@@ -278,8 +273,8 @@ def clip_accuracy(clip: Clip, rng: random.Random, count: int) -> float:
     for things in islice(validation, count):
         scenes = [things, *(change_one_attribute(things, rng) for _ in range(8))]
         scenes += islice(training, 32 - len(scenes))
-        image = draw_pixels(things, scene.random_boxes(things, rng), rng)[None].to(device)
-        image_embeds, _ = clip.encode_image(image)  # (1, E)
+        image = scene.draw_image(things, scene.random_boxes(things, rng), rng)
+        image_embeds, _ = clip.encode_image(preprocess(image, scene.IMAGE_SIZE)[None].to(device))
         captions = clip.encode_text([caption(other, 0) for other in scenes])  # (32, E)
         best = int((captions @ image_embeds[0]).argmax())
         correct += scenes[best] == things

@@ -38,7 +38,7 @@ def parse_scene(text: str) -> scene.Scene:
         if place:
             cell = scene.PLACES.index(place.lower())
             things.add(scene.Thing(cell, match["kind"], match["color"], match["size"]))
-    return tuple(sorted(things, key=lambda thing: thing.cell))
+    return tuple(sorted(things))
 
 
 def toy_teacher(messages: list[dict]) -> str:

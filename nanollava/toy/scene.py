@@ -30,9 +30,9 @@ BACKGROUNDS = (
     (250, 250, 250), (225, 225, 225), (250, 240, 215), (220, 235, 250), (225, 245, 225))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Thing:
-    """One object of a scene; `cell` is the index of its place."""
+    """One object of a scene. `cell` is the index of its place; things are ordered by it."""
 
     # random scenes are split by a hash of the repr: names and order of the fields are part of it
     cell: int

@@ -37,13 +37,10 @@ def accuracy(rows: list[dict], predictions: list[str]) -> dict[str, float]:
     return {name: 100 * sum(results) / len(results) for name, results in correct.items()}
 
 
-def answer_rows(
-    model: Llava, tokenizer: Tokenizer, rows: list[dict], images: Path, label: str = "",
-    batch_size: int = 64,
-) -> list[str]:
+def answer_rows(model: Llava, tokenizer: Tokenizer, rows: list[dict], images: Path, label: str,
+                batch_size: int = 64) -> list[str]:
     """The model's replies to rows of test.json, each with one image of the folder `images`."""
-    files = sorted({row["image"] for row in rows})
-    features = encode_files(model, files, images, batch_size)
+    features = encode_files(model, sorted({row["image"] for row in rows}), images, batch_size)
     replies = {}
     # replies of one type are about equally long, so that few rows of a batch wait for others
     order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])
@@ -53,16 +50,15 @@ def answer_rows(
             batch = [rows[number] for number in numbers]
             questions = [row["conversations"][:1] for row in batch]
             image_features = torch.stack([features[row["image"]] for row in batch])
-            texts = generate_replies(
-                model, tokenizer, questions, image_features=image_features)
+            texts = generate_replies(model, tokenizer, questions, image_features=image_features)
             replies.update(zip(numbers, texts))
             progress.update(len(replies))
     return [replies[number] for number in range(len(rows))]
 
 
 @torch.no_grad()
-def encode_files(
-    model: Llava, files: list[str], images: Path, batch_size: int) -> dict[str, torch.Tensor]:
+def encode_files(model: Llava, files: list[str], images: Path,
+                 batch_size: int) -> dict[str, torch.Tensor]:
     """Image features (P, D) by file: an image is encoded once for all questions about it."""
     features = {}
     for start in range(0, len(files), batch_size):
@@ -72,33 +68,29 @@ def encode_files(
     return features
 
 
-def evaluate_run(
-    run: Path, data: Path, device: str = "cpu", limit: int | None = None,
-) -> tuple[dict[str, dict[str, float]], list[dict], list[str]]:
-    """Evaluate the models of a run, stage2/ and, if it exists, stage1/, on test.json of `data`.
+def evaluate_run(run: Path, data: Path, device: str = "cpu",
+                 limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Evaluate stage2/ of a run, and stage1/ if it exists, on test.json of `data`.
 
+    Returns the accuracy in percent, {column: {question type: percent}}, and writes RUN/report.html.
     limit: ask only the first so many questions.
-    Returns the accuracy in percent, {column: {question type: percent}}, the rows, and the replies
-    after stage 2.
     """
     rows = read_json(data / "test.json")
     files = sorted({row["image"] for row in rows})
     next_file = dict(zip(files, files[1:] + files[:1]))
     rows = rows[:limit]
     wrong_rows = [{**row, "image": next_file[row["image"]]} for row in rows]
-    columns = {"stage2": {"after stage 2": rows, "wrong image": wrong_rows},
-               "stage1": {"after stage 1": rows}}
-    predictions = {}
-    for stage, stage_columns in columns.items():
-        if stage == "stage1" and not (run / stage).is_dir():
-            continue
-        model = Llava.from_pretrained(run / stage, device=device)
-        tokenizer = Tokenizer(run / stage)
-        for name, column_rows in stage_columns.items():
-            predictions[name] = answer_rows(
-                model, tokenizer, column_rows, data / "images", label=name)
-    table = {name: accuracy(rows, replies) for name, replies in predictions.items()}
-    return table, rows, predictions["after stage 2"]
+    tests = {"stage2": {"after stage 2": rows, "wrong image": wrong_rows}}
+    if (run / "stage1").is_dir():
+        tests["stage1"] = {"after stage 1": rows}
+    replies = {}
+    for stage, rows_by_column in tests.items():
+        model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
+        for name, column_rows in rows_by_column.items():
+            replies[name] = answer_rows(model, tokenizer, column_rows, data / "images", label=name)
+    columns = {name: accuracy(rows, replies[name]) for name in replies}
+    write_run_report(run, data, columns, rows, replies["after stage 2"])
+    return columns
 
 
 def write_run_report(
@@ -109,6 +101,6 @@ def write_run_report(
     for row, reply in zip(rows, predictions):
         question, answer = (turn["value"] for turn in row["conversations"])
         exchange = Exchange(question, reply, answer, is_correct(reply, answer))
-        exchanges[row["image"]].append(exchange)
-    cards = [(data / "images" / file, asked) for file, asked in list(exchanges.items())[:CARDS]]
+        exchanges[data / "images" / row["image"]].append(exchange)
+    cards = list(exchanges.items())[:CARDS]
     write_report(run / "report.html", "A toy LLaVA", curves, columns, cards)

@@ -3,13 +3,7 @@ import pytest
 from nanollava.image import open_image, preprocess
 from nanollava.infra.io import read_json
 from nanollava.toy import score
-from nanollava.toy.score import (
-    accuracy,
-    answer_rows,
-    evaluate_run,
-    is_correct,
-    write_run_report,
-)
+from nanollava.toy.score import accuracy, answer_rows, evaluate_run, is_correct
 
 
 @pytest.mark.parametrize("reply, expected", [
@@ -35,7 +29,7 @@ def test_replies_are_in_the_order_of_the_rows(model, tokenizer, world, monkeypat
 
     rows = read_json(world / "test.json")
     monkeypatch.setattr(score, "generate_replies", generate_replies)
-    replies = answer_rows(model, tokenizer, rows, world / "images", batch_size=7)
+    replies = answer_rows(model, tokenizer, rows, world / "images", "", batch_size=7)
     for row, reply in zip(rows[::5], replies[::5]):
         pixels = preprocess(open_image(world / "images" / row["image"]), 32)[None]
         features = model.encode_images(pixels)
@@ -64,15 +58,13 @@ def test_wrong_image_is_never_the_right_one(
 def test_run_is_evaluated_with_both_controls_and_reported(model, tokenizer, world, tmp_path):
     for stage in ("stage1", "stage2"):
         model.save_pretrained(tmp_path / stage, [tokenizer.path])
-    columns, rows, predictions = evaluate_run(tmp_path, world, limit=16)
+    columns = evaluate_run(tmp_path, world, limit=16)
     assert list(columns) == ["after stage 2", "wrong image", "after stage 1"]
-    assert len(rows) == len(predictions) == 16
-    write_run_report(tmp_path, world, columns, rows, predictions)
     page = (tmp_path / "report.html").read_text()
     assert "wrong image" in page and "data:image/png" in page
+    assert page.count('<span class="truth">') == 16  # below every wrong reply
 
 
 def test_run_without_stage1_is_evaluated(model, tokenizer, world, tmp_path):
     model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
-    columns, _, _ = evaluate_run(tmp_path, world, limit=1)
-    assert list(columns) == ["after stage 2", "wrong image"]
+    assert list(evaluate_run(tmp_path, world, limit=1)) == ["after stage 2", "wrong image"]
