@@ -247,16 +247,14 @@ def format_results(results: dict) -> str:
 
 def format_table_8(accuracies: dict[str, list[float]]) -> str:
     """ScienceQA. Differences are from the first row; over seeds, from the same seed's."""
-    baseline, (_, paper_baseline) = accuracies["best"], TABLE_8["best"]
-    rows = []
-    for name, (label, paper) in TABLE_8.items():
-        row = [label, mean_and_deviation(accuracies[name]), "", f"{paper:.2f}"]
-        if name != "best":
-            differences = [value - base for value, base in zip(accuracies[name], baseline)]
-            paper_difference = paper - paper_baseline
-            row[2] = mean_and_deviation(differences)
-            row += [f"{paper_difference:+.2f}", same_sign(differences, paper_difference)]
-        rows.append(row)
+    label, paper_baseline = TABLE_8["best"]
+    rows = [[label, mean_and_deviation(accuracies["best"]), "", f"{paper_baseline:.2f}"]]
+    for name, (label, paper) in list(TABLE_8.items())[1:]:
+        differences = [value - best for value, best in zip(accuracies[name], accuracies["best"])]
+        paper_difference = paper - paper_baseline
+        rows.append([
+            label, mean_and_deviation(accuracies[name]), mean_and_deviation(differences),
+            f"{paper:.2f}", f"{paper_difference:+.2f}", same_sign(differences, paper_difference)])
     header = ["ScienceQA, table 8", "toy", "difference", "paper", "difference", "same sign"]
     return format_table(header, rows)
 

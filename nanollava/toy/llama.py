@@ -42,7 +42,7 @@ EASY_STEPS = 280  # the first steps, on easy conversations
 GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
 EASY_TYPES = ("kind", "color", "size", "place")
 OPTION_SETS = (  # the options of a multiple-choice question are words of one set
-    tuple(KINDS), tuple(COLORS), PLACES, questions.NUMBERS[1:4], ("yes", "no"), ("left", "right"),
+    tuple(KINDS), tuple(COLORS), PLACES, questions.NUMBERS[1:], ("yes", "no"), ("left", "right"),
     ("above", "below"), tuple(f"the {kind}" for kind in KINDS),
     tuple(f"the {color} {kind}" for color in COLORS for kind in KINDS))
 

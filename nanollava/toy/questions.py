@@ -149,14 +149,13 @@ def ask_relation(things, rng):
     if len(things) < 2:
         return None
     first, second = rng.sample(things, 2)
-    offset, relations = rng.choice((
-        (first.column - second.column, ("left", "right")),
-        (first.row - second.row, ("above", "below"))))
+    offset, choice, relations = rng.choice((
+        (first.column - second.column, "left or right of", ("left", "right")),
+        (first.row - second.row, "above or below", ("above", "below"))))
     first_name = unique_name(first, things, hide="cell")
     second_name = unique_name(second, things, hide="cell")
     if offset == 0 or not first_name or not second_name:
         return None
-    choice = " or ".join(relations) + (" of" if relations[0] == "left" else "")
     places = f"{first_name} is {first.place} and {second_name} is {second.place}"
     answer = sentence(f"{places}, so {relations[offset > 0]}")
     return f"Is {first_name} {choice} {second_name}?", answer
@@ -202,8 +201,7 @@ def ask_left_over(things, rng):
     removed = rng.choice(things)
     name = unique_name(removed, things)
     others = [with_article(f"{t.color} {t.kind}") for t in things if t is not removed]
-    remaining = join_words(others) if others else "nothing"
-    answer = sentence(f"without {name} there would be {remaining}")
+    answer = sentence(f"without {name} there would be {join_words(others or ['nothing'])}")
     return f"If {name} went away, what would be left?", answer
 
 
@@ -213,9 +211,9 @@ def ask_more(things, rng):
         return None
     kinds = rng.sample(kinds, 2)
     first, second = counts = [sum(t.kind == kind for t in things) for kind in kinds]
-    phrases = join_words(list(map(count_phrase, counts, kinds)))
-    verb, verdict = "is" if first == 1 else "are", "yes" if first > second else "no"
-    answer = sentence(f"there {verb} {phrases}, so {verdict}")
+    verb = "is" if first == 1 else "are"
+    phrases = join_words([count_phrase(*pair) for pair in zip(counts, kinds)])
+    answer = sentence(f"there {verb} {phrases}, so {'yes' if first > second else 'no'}")
     return f"Are there more {plural(kinds[0])} than {plural(kinds[1])}?", answer
 
 

@@ -57,10 +57,6 @@ Scene = tuple[Thing, ...]  # in reading order
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 
 
-# ---------------------------------------------------------------------------------------------
-# Random scenes
-
-
 def random_scene(rng: random.Random) -> Scene:
     """One to three things; kinds and colors repeat often enough to make counting worthwhile."""
     count = rng.choice((1, 2, 2, 3, 3, 3))
@@ -97,10 +93,6 @@ def random_boxes(things: Scene, rng: random.Random) -> list[Box]:
                      for number in (thing.column, thing.row))
         boxes.append((left, top, side, side))
     return boxes
-
-
-# ---------------------------------------------------------------------------------------------
-# Drawing
 
 
 def star(outer: int, inner: int) -> tuple[float, ...]:

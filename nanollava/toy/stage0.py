@@ -87,15 +87,11 @@ def train_parts(folder: Path, seed: int, device: str, small_llm: bool = False) -
 
 
 def evaluate_parts(folder: Path, device: str, scenes: int = 300) -> dict[str, dict[str, float]]:
-    """Accuracy of the CLIP and the LLaMA on validation scenes, in percent.
-
-    The result is {column: {row: percent}}, as benchmarks/report.py prints it.
-    """
+    """Accuracy of the LLaMA and the CLIP on validation scenes: {column: {row: percent}}."""
     model = Llava.from_parts(folder / "toy-clip", folder / "toy-llama", device=device)
     tokenizer, rng = Tokenizer(folder / "toy-llama"), random.Random(1)
-    columns = {}
-    for name, as_prose in (("LLaMA, patch words", False), ("LLaMA, prose", True)):
-        columns[name] = accuracy(*answer_scenes(model, tokenizer, rng, scenes, as_prose))
+    columns = {name: accuracy(*answer_scenes(model, tokenizer, rng, scenes, as_prose))
+               for name, as_prose in (("LLaMA, patch words", False), ("LLaMA, prose", True))}
     clip = load_clip(folder / "toy-clip").to(device)
     columns["CLIP, 1 of 32"] = {"all": clip_accuracy(clip, rng, scenes)}
     return columns
