@@ -104,7 +104,7 @@ def read_json(path: str | Path):
 
 
 def hash_file(digest, path: str | Path):
-    """Feed a file to a `hashlib` object chunk by chunk, and return the object."""
+    """Feed a file to a `hashlib` object chunk by chunk and return it."""
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
