@@ -259,11 +259,8 @@ class Llava(nn.Module):
             tensor = distributed.full_tensor(tensor)
             if distributed.rank() == 0:
                 tensors[name] = tensor.to("cpu", dtype)
-
-        def write() -> None:
-            hf_format.save_llava(folder, asdict(self.config), merge_lora(tensors), files)
-
-        distributed.on_rank0(write)
+        distributed.on_rank0(
+            hf_format.save_llava, folder, asdict(self.config), merge_lora(tensors), files)
 
 
 def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
