@@ -14,6 +14,7 @@ from nanollava.toy.clip import (
     load_clip,
     sample_patches,
     save_clip,
+    sincos_pos_embed,
     things_on_patches,
 )
 from nanollava.toy.questions import caption
@@ -62,6 +63,13 @@ def test_each_thing_and_the_background_have_a_sampled_patch():
         on_patches, sampled = things_on_patches(things, boxes), sample_patches(things, boxes, rng)
         assert [on_patch for _, on_patch in sampled] == [*((thing,) for thing in things), ()]
         assert [on_patches[number] for number, _ in sampled] == [*things, None]
+
+
+def test_initial_positions_are_most_similar_to_those_of_neighbors():
+    positions = sincos_pos_embed()
+    class_token, patches = positions[0], positions[1:]
+    nearest = torch.cdist(patches, patches)[7].argsort()[:5]  # of the patch in row 1 and column 1
+    assert set(nearest.tolist()) == {7, 6, 8, 1, 13} and not class_token.any()
 
 
 def test_contrastive_loss_is_least_for_the_embeddings_of_the_captions(tokenizer):
