@@ -1,6 +1,7 @@
 """The rules of the house, read from the sources: who imports whom, and how long things are."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,18 @@ def test_functions_of_the_book_have_at_most_45_lines(path):
 def test_every_file_opens_with_a_docstring(path):
     if path.name != "__init__.py":
         assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_line_counts_of_the_readme_are_right_within_a_tenth():
+    tour = (ROOT / "README.md").read_text().partition("## Reading tour")[2].partition("\n## ")[0]
+    entries = re.findall(r"^  (\S+(?:, \S+)*) +(\d+)\b", tour, re.MULTILINE)
+    assert len(entries) > 15
+    for names, count in entries:
+        lines = sum(count_lines(name) for name in names.split(", "))
+        assert lines == pytest.approx(int(count), rel=0.1), names
+
+
+def count_lines(name: str) -> int:
+    path = ROOT / "nanollava" / name if (ROOT / "nanollava" / name).exists() else ROOT / name
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    return sum(file.read_text().count("\n") for file in files)
