@@ -12,13 +12,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
+from nanollava import conversation
 from nanollava.benchmarks import scienceqa
-from nanollava.conversation import (
-    INSTRUCTION_KINDS,
-    TEMPLATES,
-    tokenize_conversation,
-    visualize_tokens,
-)
 from nanollava.infra.cli import Parser, add_command, check_flags, one_line_errors, positive, seed
 from nanollava.infra.io import InputError, read_json_list, write_json
 from nanollava.infra.progress import print0
@@ -42,21 +37,14 @@ for _flag in ("--base-url", "--workers", "--max-tokens", "--timeout", "--seed"):
     CONFLICTS[_flag, "--dry-run"] = "a dry run sends no request"
 
 
-# ---------------------------------------------------------------------------------------------
-# Arguments
-
-
 def parse_arguments():
     parser = Parser(__doc__)
     parser.set_defaults(run=lambda arguments: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    add_toy_commands(commands)
-    add_show_command(commands)
-    add_instruct_command(commands)
-    add_captions_command(commands)
-    add_scienceqa_command(commands)
-    add_stats_command(commands)
-    add_weights_command(commands)
+    for name, (add_arguments, run) in COMMANDS.items():
+        command = add_command(commands, name, run.__doc__)
+        command.set_defaults(run=run)
+        add_arguments(command.add_argument)
     arguments = parser.parse_args()
     check_flags(arguments, NEEDS, CONFLICTS)
     return arguments
@@ -66,65 +54,42 @@ def main(arguments) -> None:
     arguments.run(arguments)
 
 
-def price(text: str) -> tuple[float, float]:
-    prompt, completion = (positive(float)(number) for number in text.split(","))
-    return prompt, completion
-
-
-price.__name__ = "IN,OUT"  # argparse: "invalid IN,OUT value: '30'"
-
-
-# ---------------------------------------------------------------------------------------------
-# toy, toy-scienceqa
-
-
-def add_toy_commands(commands) -> None:
-    command = add_command(commands, "toy",
-                          "Draw the toy world: images, captions, boxes, conversations, a test.")
-    command.set_defaults(run=draw_toy_world)
-    add = command.add_argument
+def add_toy_arguments(add) -> None:
     add("--out", type=Path, default=Path("data/toy"), help="folder to write (default: %(default)s)")
     add("--seed", type=seed, default=0, help="draws the scenes (default: %(default)s)")
     add("--scenes", type=positive(int), default=8000,
         help="number of training images (default: %(default)s)")
 
-    command = add_command(commands, "toy-scienceqa",
-                          "Draw a ScienceQA of the toy world: problems, splits, images.")
-    command.set_defaults(run=draw_toy_problems)
-    add = command.add_argument
+
+def draw_toy_world(arguments) -> None:
+    """Draw the toy world: images, captions, boxes, conversations, a test."""
+    write_world(arguments.out, arguments.seed, arguments.scenes)
+    print(arguments.out)
+
+
+def add_toy_scienceqa_arguments(add) -> None:
     add("--out", type=Path, default=Path("data/toy-scienceqa"),
         help="folder to write (default: %(default)s)")
     add("--seed", type=seed, default=0, help="draws the problems (default: %(default)s)")
 
 
-def draw_toy_world(arguments) -> None:
-    write_world(arguments.out, arguments.seed, arguments.scenes)
-    print(arguments.out)
-
-
 def draw_toy_problems(arguments) -> None:
+    """Draw a ScienceQA of the toy world: problems, splits, images."""
     write_problems(arguments.out, arguments.seed)
     print(arguments.out)
 
 
-# ---------------------------------------------------------------------------------------------
-# show
-
-
-def add_show_command(commands) -> None:
-    command = add_command(commands, "show",
-                          "Print a row as tokens: green ones are learned, grey ones only read.")
-    command.set_defaults(run=show_row)
-    add = command.add_argument
+def add_show_arguments(add) -> None:
     add("--data", type=Path, help="LLaVA JSON (default: a new row of the toy world)")
     add("--row", type=int, help="row of --data, from 0 (default: a random one)")
     add("--model", type=Path, default=ASSETS / "toy-llama",
         help="folder of the tokenizer (default: assets/toy-llama)")
-    add("--template", choices=TEMPLATES, default="vicuna_v1",
+    add("--template", choices=conversation.TEMPLATES, default="vicuna_v1",
         help="conversation template (default: %(default)s)")
 
 
 def show_row(arguments) -> None:
+    """Print a row as tokens: green ones are learned, grey ones only read."""
     name, row = "the toy world", random_row(random.Random())
     if arguments.data:
         rows = list(read_json_list(arguments.data))
@@ -136,25 +101,25 @@ def show_row(arguments) -> None:
         name, row = f"{arguments.data}, row {number}", rows[number]
     tokenizer = Tokenizer(arguments.model)
     try:
-        turns = row["conversations"]
-        tokens, labels = tokenize_conversation(turns, tokenizer, arguments.template)
+        tokens, labels = conversation.tokenize_conversation(
+            row["conversations"], tokenizer, arguments.template)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: {error}") from error
-    print(visualize_tokens(tokens, labels, tokenizer, len(tokenizer)))
+    print(conversation.visualize_tokens(tokens, labels, tokenizer, len(tokenizer)))
 
 
-# ---------------------------------------------------------------------------------------------
-# instruct
+def price(text: str) -> tuple[float, float]:
+    prompt, completion = (positive(float)(number) for number in text.split(","))
+    return prompt, completion
 
 
-def add_instruct_command(commands) -> None:
-    command = add_command(commands, "instruct",
-                          "Let a language model write instruction data about COCO's images.")
-    command.set_defaults(run=ask_teacher)
-    add = command.add_argument
+price.__name__ = "IN,OUT"  # argparse: "invalid IN,OUT value: '30'"
+
+
+def add_instruct_arguments(add) -> None:
     add("--captions", type=Path, required=True, help="COCO's captions_*.json")
     add("--instances", type=Path, help="COCO's instances_*.json, for --kind detail and reasoning")
-    add("--kind", choices=INSTRUCTION_KINDS, default="conversation",
+    add("--kind", choices=conversation.INSTRUCTION_KINDS, default="conversation",
         help="what to write (default: %(default)s)")
     add("--out", type=Path, required=True,
         help="LLaVA JSON to write; FILE.ledger.jsonl next to it keeps every answer")
@@ -175,7 +140,7 @@ def add_instruct_command(commands) -> None:
 
 
 def ask_teacher(arguments) -> None:
-    """Request what the ledger lacks, then write --out from the ledger."""
+    """Let a language model write instruction data about COCO's images."""
     out, images = arguments.out, read_images(arguments)
     if not out.name or out.is_dir():
         raise InputError(f"--out {out} is a folder: name a file in it")
@@ -243,14 +208,7 @@ def print_plan(job: Job, prices: tuple[float, float]) -> None:
            f"{completion} completion tokens{cost}")
 
 
-# ---------------------------------------------------------------------------------------------
-# captions, scienceqa, stats
-
-
-def add_captions_command(commands) -> None:
-    command = add_command(commands, "captions", "Turn images with captions into data for stage 1.")
-    command.set_defaults(run=convert_captions)
-    add = command.add_argument
+def add_captions_arguments(add) -> None:
     add("--captions", type=Path, required=True, help="COCO's captions_*.json, a .json or .jsonl of "
         "{image, caption}, or lines of image TAB caption")
     add("--out", type=Path, required=True, help="LLaVA JSON to write")
@@ -261,16 +219,14 @@ def add_captions_command(commands) -> None:
 
 
 def convert_captions(arguments) -> None:
+    """Turn images with captions into data for stage 1."""
     count, kept = write_pretrain(
         arguments.captions, arguments.out, arguments.seed, arguments.balance)
     print(arguments.out)
     print0(f"{kept} of {count} captions")
 
 
-def add_scienceqa_command(commands) -> None:
-    command = add_command(commands, "scienceqa", "Turn ScienceQA's problems into data for stage 2.")
-    command.set_defaults(run=convert_scienceqa)
-    add = command.add_argument
+def add_scienceqa_arguments(add) -> None:
     add("--data", type=Path, required=True,
         help="folder with problems.json and pid_splits.json; for train.py, name it as --images")
     add("--split", choices=scienceqa.SPLITS, default="train", help="(default: %(default)s)")
@@ -280,20 +236,19 @@ def add_scienceqa_command(commands) -> None:
 
 
 def convert_scienceqa(arguments) -> None:
+    """Turn ScienceQA's problems into data for stage 2."""
     rows = scienceqa.read_rows(arguments.data, arguments.split, arguments.order)
     write_json(arguments.out, rows)
     print(arguments.out)
     print0(f"{len(rows)} problems, {sum('image' in row for row in rows)} with an image")
 
 
-def add_stats_command(commands) -> None:
-    command = add_command(commands, "stats",
-                          "Count what a LLaVA JSON file holds, and name its unusable rows.")
-    command.set_defaults(run=print_stats)
-    command.add_argument("data", type=Path, metavar="FILE")
+def add_stats_arguments(add) -> None:
+    add("data", type=Path, metavar="FILE")
 
 
 def print_stats(arguments) -> None:
+    """Count what a LLaVA JSON file holds, and name its unusable rows."""
     from nanollava.data_checks import stats  # imports torch
 
     numbers, errors = stats(arguments.data)
@@ -303,26 +258,31 @@ def print_stats(arguments) -> None:
         print0(f"{arguments.data}, {error}")
 
 
-# ---------------------------------------------------------------------------------------------
-# weights
-
-
-def add_weights_command(commands) -> None:
-    command = add_command(commands, "weights",
-                          "Download a CLIP, LLaMA or LLaVA from the Hugging Face hub.")
-    command.set_defaults(run=download_weights)
-    add = command.add_argument
+def add_weights_arguments(add) -> None:
     add("repository", metavar="OWNER/NAME", help="as on huggingface.co; HF_TOKEN opens gated ones")
     add("--revision", default="main", help="branch, tag or commit (default: %(default)s)")
     add("--out", type=Path, help="folder to write (default: NAME)")
 
 
 def download_weights(arguments) -> None:
+    """Download a CLIP, LLaMA or LLaVA from the Hugging Face hub."""
     from nanollava.weights import hub  # imports torch
 
     out = arguments.out or Path(arguments.repository.rpartition("/")[2])
     hub.fetch(arguments.repository, out, arguments.revision)
     print(out)
+
+
+COMMANDS = {
+    "toy": (add_toy_arguments, draw_toy_world),
+    "toy-scienceqa": (add_toy_scienceqa_arguments, draw_toy_problems),
+    "show": (add_show_arguments, show_row),
+    "instruct": (add_instruct_arguments, ask_teacher),
+    "captions": (add_captions_arguments, convert_captions),
+    "scienceqa": (add_scienceqa_arguments, convert_scienceqa),
+    "stats": (add_stats_arguments, print_stats),
+    "weights": (add_weights_arguments, download_weights),
+}
 
 
 if __name__ == "__main__":

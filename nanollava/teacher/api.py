@@ -4,10 +4,10 @@ It speaks /chat/completions, as OpenAI and most other servers do. The key comes 
 and appears in no file and no message.
 """
 
-import queue
 import threading
+from concurrent import futures
 from dataclasses import replace
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit
 
 import requests
 
@@ -25,11 +25,7 @@ RETRY_STATUSES = {408, 409, 425, 429}  # and all from 500 up
 
 
 class RetryableError(Exception):
-    """This attempt failed, another may succeed; `headers` may say when."""
-
-    def __init__(self, problem: str, headers=None):
-        super().__init__(problem)
-        self.headers = headers
+    """(problem, headers): this attempt failed, another may succeed; the headers may say when."""
 
 
 class Chat:
@@ -41,7 +37,8 @@ class Chat:
     """
 
     def __init__(self, model: str, base_url: str = OPENAI, timeout: float = 600.0):
-        self.model, self.timeout, self.stop = model, timeout, threading.Event()
+        self.model, self.stop = model, threading.Event()
+        self.timeout = min(timeout, 86_400.0)  # one day: sockets and threads have a limit
         self.server_reached = False
         self.options = {"temperature": 1.0, "max_tokens": 2048}
         self.key = read_api_key("OPENAI_API_KEY")
@@ -49,10 +46,10 @@ class Chat:
             raise InputError("OPENAI_API_KEY is not set: set it, or use --base-url to name "
                              "a server that needs no key")
         address = completions_address(base_url)
-        self.url = urlunsplit(address)
+        self.url = address.geturl()
         # for messages: without user, password and query
-        self.public_url = (f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
-                           f"{address.path}")
+        host = address.netloc.rpartition("@")[2]
+        self.public_url = address._replace(netloc=host, query="", fragment="").geturl()
         secrets = (self.key, address.query, address.username, address.password)
         self.secrets = [text for text in secrets if text and len(text) >= 4]
         azure = address.hostname.endswith(".azure.com")
@@ -66,7 +63,7 @@ class Chat:
             try:
                 return self.request(messages)
             except RetryableError as error:
-                problem, headers = str(error), error.headers
+                problem, headers = error.args
             except requests.RequestException as error:
                 problem, headers = self.one_line(f"{type(error).__name__}: {error}"), None
                 no_server = ("NewConnectionError" in repr(error)
@@ -88,8 +85,7 @@ class Chat:
                 if "error" not in body or "choices" in body:
                     answer = parse_answer(body, messages)
                     return replace(answer, text=self.redact(answer.text))
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError,
-                    RecursionError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 problem = f"the reply holds no answer: {type(error).__name__} {error}"
                 raise RetryableError(self.one_line(problem), reply.headers) from None
         raise RetryableError(self.check_error(reply, options), reply.headers)
@@ -101,24 +97,21 @@ class Chat:
         with every byte, so a server that sends a byte now and then could block a worker forever.
         Therefore each request has a thread of its own, which is abandoned after the timeout.
         """
-        outcome = queue.SimpleQueue()
+        reply = futures.Future()
 
         def send():
             try:
-                outcome.put(requests.post(self.url, json=body, auth=self.auth,
-                                          allow_redirects=False, timeout=min(self.timeout, 86_400)))
+                reply.set_result(requests.post(self.url, json=body, auth=self.auth,
+                                               allow_redirects=False, timeout=self.timeout))
             except Exception as error:
-                outcome.put(error)
+                reply.set_exception(error)
 
         threading.Thread(target=send, daemon=True).start()
         try:
-            reply = outcome.get(timeout=min(self.timeout, threading.TIMEOUT_MAX))
-        except queue.Empty:
-            seconds = f"{self.timeout:g} seconds"
-            raise requests.Timeout(f"no complete answer within {seconds}") from None
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+            return reply.result(timeout=self.timeout)
+        except futures.TimeoutError:
+            problem = f"no complete answer within {self.timeout:g} seconds"
+            raise requests.Timeout(problem) from None
 
     def check_error(self, reply: requests.Response, options: dict) -> str:
         """The server's error message, if the request may be repeated.
@@ -172,12 +165,11 @@ def completions_address(base_url: str) -> SplitResult:
     """The address of a server's /chat/completions. Raises InputError if base_url is not a URL."""
     try:
         address = urlsplit(base_url)
-        valid = bool(address.hostname) and address.scheme in ("http", "https")
+        if not address.hostname or address.scheme not in ("http", "https"):
+            raise ValueError
     except ValueError:
-        valid = False
-    if not valid:
         raise InputError(f"--base-url {base_url} is not the address of a server: "
-                         "it must begin with http:// or https://")
+                         "it must begin with http:// or https://") from None
     # Azure has a query, ?api-version=, behind the path
     path = address.path.rstrip("/").removesuffix("/chat/completions")
     return address._replace(path=f"{path}/chat/completions")

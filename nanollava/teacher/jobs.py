@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from ..infra.io import InputError
 from ..infra.progress import Progress, print0
@@ -52,9 +52,8 @@ class Job:
     def replies(self, item) -> tuple[object, list[str]]:
         """From the ledger: the first good result or None, and the reasons of rejected answers."""
         checked = [self.check(item, answer) for answer in self.ledger[self.key(item)]]
-        results = [result for result, reason in checked if reason is None]
-        reasons = [reason for _, reason in checked if reason is not None]
-        return (results[0] if results else None), reasons
+        result = next((result for result, reason in checked if reason is None), None)
+        return result, [reason for _, reason in checked if reason is not None]
 
     def pending(self) -> list:
         """The items that have no good answer yet and have tries left.
@@ -143,17 +142,14 @@ def in_parallel(function: Callable, items: Iterable, workers: int, stop: threadi
     If function raises, or the caller stops reading, no new item starts. Items in flight finish,
     since they may have been paid for.
     """
+    items = iter(items)
     with ThreadPoolExecutor(workers) as pool:
-        futures = set()
+        futures = {pool.submit(function, item) for item in islice(items, workers)}
         try:
-            for item in items:
-                futures.add(pool.submit(function, item))
-                while len(futures) >= workers:
-                    done, futures = wait(futures, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
             while futures:
                 done, futures = wait(futures, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
+                futures |= {pool.submit(function, item) for item in islice(items, len(done))}
         except BaseException:
             stop.set()  # ends every wait between two attempts
             running = sum(future.running() for future in futures)

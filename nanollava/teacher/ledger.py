@@ -105,17 +105,15 @@ class Ledger:
         Raises InputError if the disk is full.
         """
         row = {"key": key, **asdict(answer), **more}
-        with self.lock:
-            with open(self.path, "ab") as file:
-                end = file.tell()
-                try:
-                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    os.truncate(self.path, end)  # the next line must not follow half a line
-                    reason = error.strerror or error
-                    raise InputError(f"cannot write {self.path}: {reason}") from error
+        with self.lock, open(self.path, "ab") as file:
+            end = file.tell()
+            try:
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                os.truncate(self.path, end)  # the next line must not follow half a line
+                raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
             self._index(row)
 
     def _index(self, row: dict) -> None:

@@ -56,30 +56,23 @@ _TASK = (
     "You are an assistant that looks at a picture and talks about it. You are not shown the "
     "picture itself: sentences that describe it stand in its place{boxes}. Speak as if you saw the "
     "picture. Never mention that you were given sentences, captions{boxes_word} or coordinates, "
-    "and state only what is certain from them. "
-)
+    "and state only what is certain from them. ")
 _FROM_CAPTIONS = _TASK.format(boxes="", boxes_word="")
 _FROM_BOXES = _TASK.format(
-    boxes=", and a list of the things in it with their boxes (left, top, right, bottom, from 0 to "
-          "1)",
-    boxes_word=", boxes",
-)
-_FORMAT = (
-    "Write each as a block 'Question:' with a block 'Answer:' below it, with a line '===' between "
-    "all blocks."
-)
+    boxes=", and a list of the things in it with their boxes (left, top, right, bottom, from 0 "
+          "to 1)", boxes_word=", boxes")
+_FORMAT = ("Write each as a block 'Question:' with a block 'Answer:' below it, with a line '===' "
+           "between all blocks.")
 
 SYSTEM = {
-    "conversation": _FROM_CAPTIONS
-    + "Write a conversation between a person who asks about the picture and you who answer. Ask "
-      "about what is there: kinds of things, how many, what they do, where they are, how they lie "
-      "to each other. Ask only what has a definite answer. " + _FORMAT,
-    "detail": _FROM_BOXES
-    + "Write one detailed description of the picture: what is there, how many, where and how "
-      "things lie to each other. Write the description alone.",
-    "reasoning": _FROM_BOXES
-    + "Ask questions that need thought beyond what is plainly visible, and answer each step by "
-      "step, with the reasons that the picture gives. " + _FORMAT,
+    "conversation": _FROM_CAPTIONS + "Write a conversation between a person who asks about the "
+        "picture and you who answer. Ask about what is there: kinds of things, how many, what they "
+        "do, where they are, how they lie to each other. Ask only what has a definite answer. "
+        + _FORMAT,
+    "detail": _FROM_BOXES + "Write one detailed description of the picture: what is there, how "
+        "many, where and how things lie to each other. Write the description alone.",
+    "reasoning": _FROM_BOXES + "Ask questions that need thought beyond what is plainly visible, "
+        "and answer each step by step, with the reasons that the picture gives. " + _FORMAT,
 }
 
 

@@ -14,10 +14,6 @@ from nanollava.infra.io import InputError, read_json
 ROOT = Path(__file__).parents[2]
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode
-
-
 def test_help_shows_examples(command):
     code, out, _ = command("prepare_data", "--help")
     assert code == 0 and "    python prepare_data.py toy" in out
@@ -26,7 +22,8 @@ def test_help_shows_examples(command):
 
 def test_torch_is_imported_only_where_needed():
     """Importing torch takes seconds; most subcommands do not use it."""
-    assert run_python("import sys, prepare_data; sys.exit('torch' in sys.modules)") == 0
+    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------

@@ -193,19 +193,13 @@ def test_first_failure_is_reported_immediately(ledger, capsys):
 
 
 def test_items_are_drawn_only_when_a_worker_is_free():
-    drawn, gate = [], threading.Event()
-
-    def items():
-        for number in range(10):
-            drawn.append(number)
-            if number == 3:
-                gate.set()
-            yield number
-
-    results = in_parallel(lambda number: gate.wait(5) and number, items(), 4, threading.Event())
-    next(results)
-    assert len(drawn) <= 5
-    assert len(list(results)) == 9
+    drawn, permit = [], threading.Semaphore(0)
+    items = (drawn.append(number) for number in range(10))
+    results = in_parallel(lambda _: permit.acquire(timeout=5), items, 4, threading.Event())
+    for done in range(10):
+        permit.release()  # one item finishes
+        assert next(results) and len(drawn) == min(done + 4, 10)
+    assert list(results) == []
 
 
 def test_fatal_error_starts_no_new_item_and_lets_others_finish():

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,8 +16,17 @@ def answer(text="A cat."):
     return Answer(text, prompt_tokens=5, completion_tokens=2, complete=True)
 
 
-def raise_disk_full(file):
-    raise OSError(28, "No space left on device")
+@contextmanager
+def full_disk(monkeypatch):
+    """Inside, nothing can be written; the ledger must say so."""
+
+    def raise_disk_full(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module.os, "fsync", raise_disk_full)
+        with pytest.raises(InputError, match="cannot write .*ledger: No space left"):
+            yield
 
 
 def test_answers_to_a_key_are_kept_in_order(tmp_path):
@@ -101,10 +111,8 @@ def test_add_returns_after_the_line_is_on_disk(tmp_path, monkeypatch):
 def test_full_disk_is_found_before_any_request(tmp_path, monkeypatch):
     with Ledger(tmp_path / "ledger") as ledger:
         ledger.add("key", answer())
-    with monkeypatch.context() as patch:
-        patch.setattr(ledger_module.os, "fsync", raise_disk_full)
-        with pytest.raises(InputError, match="cannot write .*ledger: No space left"):
-            Ledger(tmp_path / "ledger").__enter__()
+    with full_disk(monkeypatch):
+        Ledger(tmp_path / "ledger").__enter__()
     with Ledger(tmp_path / "ledger") as ledger:
         assert len(ledger["key"]) == 1
 
@@ -112,10 +120,8 @@ def test_full_disk_is_found_before_any_request(tmp_path, monkeypatch):
 def test_disk_that_fills_up_leaves_finished_lines(tmp_path, monkeypatch):
     with Ledger(tmp_path / "ledger") as ledger:
         ledger.add("one", answer())
-        with monkeypatch.context() as patch:
-            patch.setattr(ledger_module.os, "fsync", raise_disk_full)
-            with pytest.raises(InputError, match="cannot write .*No space left"):
-                ledger.add("two", answer())
+        with full_disk(monkeypatch):
+            ledger.add("two", answer())
         ledger.add("three", answer())
     with Ledger(tmp_path / "ledger") as ledger:
         assert list(ledger.answers) == ["one", "three"]
