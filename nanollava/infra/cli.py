@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 
@@ -116,10 +117,34 @@ def percent_table(columns: dict[str, dict[str, float]]) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a command: a user's error ends it with one line on standard error and exit code 2."""
+def on_stop_signals(handler):
+    """Inside, Ctrl-C, `kill` and a terminal that closes call handler(signum, frame).
+
+    A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    old_handlers = {signum: signal.signal(signum, handler) for signum in signals
+                    if signal.getsignal(signum) is not signal.SIG_IGN}
     try:
         yield
+    finally:
+        for signum, old_handler in old_handlers.items():
+            signal.signal(signum, old_handler)
+
+
+def interrupt(signum, frame) -> None:
+    raise KeyboardInterrupt(signum)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a command: a user's error ends it with one line on standard error and exit code 2.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that it keeps what it has.
+    """
+    try:
+        with on_stop_signals(interrupt):
+            yield
     except InputError as error:
         if not IS_RANK0:  # all ranks have the same error; torchrun ends them once rank 0 reports it
             time.sleep(5)
@@ -127,9 +152,9 @@ def one_line_errors():
         message = str(error).rpartition("InputError: ")[2].strip()
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print0("\nstopped")
-        sys.exit(130)
+        sys.exit(128 + next(iter(error.args), signal.SIGINT))
     except BrokenPipeError:  # the reader of our output is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

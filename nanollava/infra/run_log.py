@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 from . import distributed
-from .io import atomic_write
+from .cli import on_stop_signals
+from .io import atomic_write, read_jsonl
 from .progress import Progress, print0
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; `kill`, a cluster that wants its machine back
 
 
 class Run:
@@ -37,12 +36,13 @@ class Run:
         self.best_val_loss = min((row["val_loss"] for row in self.rows if "val_loss" in row),
                                  default=math.inf)
         self.log_file, self.mean_loss, self.signals = None, None, []
+        self.handlers = contextlib.ExitStack()
 
     def __enter__(self):
         if self.log_path:
             distributed.on_rank0(self.open_log)
         if self.checkpoints:
-            self.old_handlers = {s: signal.signal(s, self.on_signal) for s in SIGNALS}
+            self.handlers.enter_context(on_stop_signals(self.on_signal))
         self.progress = Progress(self.label, self.num_steps, "steps", self.start)
         self.start_time = self.step_end = time.monotonic()
         return self
@@ -51,9 +51,7 @@ class Run:
         self.progress.__exit__()
         if self.log_file:
             self.log_file.close()
-        if self.checkpoints:
-            for signum, handler in self.old_handlers.items():
-                signal.signal(signum, handler)
+        self.handlers.close()
         if self.signals and error_type is None:  # a signal that came after the last step
             signal.raise_signal(self.signals[0])
 
@@ -66,7 +64,7 @@ class Run:
     def on_signal(self, signum, frame) -> None:
         """The first signal stops the run after its step, the second one interrupts the program."""
         if self.signals:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signum)
         self.signals.append(signum)
 
     @property
@@ -87,7 +85,7 @@ class Run:
             val_loss: float | None = None) -> None:
         """Append a row to the log and update the progress line. num_tokens: of all ranks."""
         now = time.monotonic()
-        elapsed_before = self.rows[-1]["elapsed"] if self.rows else 0.0  # of a run that was resumed
+        elapsed_before = self.rows[-1].get("elapsed") or 0.0 if self.rows else 0.0  # of a run that was resumed
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                "tokens_per_second": round(num_tokens / (now - self.step_end)),
                "elapsed": round(elapsed_before + now - self.start_time, 3),
@@ -114,13 +112,14 @@ class Run:
             raise SystemExit(128 + signum)
 
 
+ROW = {"step": range(10**12), "loss": float, "elapsed?": float, "val_loss?": float}
+
+
 def read_log(path: Path, end: float = math.inf) -> list[dict]:
     """The rows of a log.jsonl with a step below `end`; none if there is no file.
 
-    A line that a crash left unreadable is skipped.
+    A last line that a crash left unfinished is skipped. Raises InputError, with the line number,
+    for any other line that is not a row.
     """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    rows = read_jsonl(path, ROW, growing=True) if path.exists() else []
     return [row for row in rows if row["step"] < end]

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from nanollava.infra.cli import (
@@ -60,6 +62,30 @@ def test_user_error_is_one_line_and_exit_code_2(capsys):
             raise InputError("row 3 is empty")
     assert exit.value.code == 2
     assert capsys.readouterr() == ("", "error: row 3 is empty\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signal_ends_a_command_as_ctrl_c_does(capsys, monkeypatch, name):
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.default_int_handler)  # some shells ignore it
+    kept = []
+    with pytest.raises(SystemExit) as exit:
+        with one_line_errors():
+            try:
+                signal.raise_signal(signum)
+            except KeyboardInterrupt:
+                kept.append("what there is")
+                raise
+    assert (exit.value.code, kept) == (128 + signum, ["what there is"])
+    assert capsys.readouterr() == ("", "\nstopped\n")
+    assert signal.signal(signum, before) is signal.default_int_handler
+
+
+def test_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with one_line_errors():
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
 def test_table_aligns_numbers_right_and_fills_short_rows():
