@@ -15,7 +15,7 @@ from .infra.device import best_device, best_dtype, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
 from .llava import Llava
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, open_tokenizer
 
 
 def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Llava, Tokenizer]:
@@ -27,7 +27,8 @@ def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Lla
     """
     device = best_device(device)
     dtype = best_dtype(device, dtype)
-    model, tokenizer = Llava.from_pretrained(folder, dtype=None), Tokenizer(folder)
+    model = Llava.from_pretrained(folder, dtype=None)
+    tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
     num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -48,14 +49,26 @@ def stop_condition(model: Llava, tokenizer: Tokenizer) -> tuple[int | None, str 
     return (tokenizer.eos_id, None) if stop is None else (None, stop)
 
 
+class TooLongError(InputError):
+    """A conversation fills the model's context, so that no reply fits."""
+
+
 def tokenize_prompts(model: Llava, tokenizer: Tokenizer, conversations: list[list[dict]]):
-    """Conversations that end with a question to tokens (B, T), padded on the right, and the
-    lengths (B,) of their rows: the input of `Llava.generate`."""
-    config = model.config
+    """Conversations that end with a question to tokens (B, T), padded on the right; the lengths
+    (B,) of their rows; and how many tokens each reply may have, (B,).
+
+    Raises TooLongError.
+    """
+    config, context = model.config, model.config.text.max_position_embeddings
     rows = [tokenize_conversation(turns, tokenizer, config.template, config.tokens_per_image,
                                   config.image_token_id) for turns in conversations]
+    lengths = torch.tensor([len(row) for row, _ in rows])
+    longest = int(lengths.max())
+    if longest >= context:
+        raise TooLongError(f"the conversation has {longest} tokens, but the model reads at most "
+                           f"{context}: start a new one, or shorten it")
     tokens, _, _ = collate([(*row, []) for row in rows])
-    return tokens, torch.tensor([len(row) for row, _ in rows])
+    return tokens, lengths, context - lengths
 
 
 def stream_reply(model: Llava, tokenizer: Tokenizer, turns: list[dict], images: list[torch.Tensor],
@@ -63,14 +76,10 @@ def stream_reply(model: Llava, tokenizer: Tokenizer, turns: list[dict], images: 
     """Yield the reply to a conversation in pieces of text, as it is generated.
 
     images: (3, H, W) each, one for every `<image>` in the turns.
-    Raises InputError if the conversation fills the model's context, so that no reply fits.
+    Raises TooLongError.
     """
-    tokens, _ = tokenize_prompts(model, tokenizer, [turns])  # (1, T)
-    length, context = tokens.shape[1], model.config.text.max_position_embeddings
-    if length >= context:
-        raise InputError(f"the conversation has {length} tokens, but the model reads at most "
-                         f"{context}: start a new one")
-    max_new_tokens = min(max_new_tokens, context - length)
+    tokens, _, room = tokenize_prompts(model, tokenizer, [turns])  # (1, T)
+    max_new_tokens = min(max_new_tokens, room.item())
     eos_id, stop = stop_condition(model, tokenizer)
     pixels = torch.stack(images) if images else None  # (N, 3, H, W)
     reply, num_sent = [], 0  # the reply's tokens; how many characters of its text are yielded
@@ -97,14 +106,15 @@ def generate_replies(model: Llava, tokenizer: Tokenizer, conversations: list[lis
     """The replies to a batch of conversations, at temperature 0.
 
     images: (N, 3, H, W), all images of the batch in reading order; or instead image_features
-    (N, P, D), made by `Llava.encode_images`.
+    (N, P, D), made by `Llava.encode_images`. Raises TooLongError.
     """
-    tokens, lengths = tokenize_prompts(model, tokenizer, conversations)
+    tokens, lengths, room = tokenize_prompts(model, tokenizer, conversations)
+    max_new_tokens = min(max_new_tokens, int(room.max()))
     eos_id, stop = stop_condition(model, tokenizer)
     steps = list(model.generate(tokens, images, max_new_tokens, eos_id=eos_id, lengths=lengths,
                                 image_features=image_features))
     replies = []
-    for row in torch.stack(steps, dim=1).tolist():  # (B, new tokens)
-        text = tokenizer.decode(row)  # EOS, which also pads a row that has ended, decodes to ""
+    for row, limit in zip(torch.stack(steps, dim=1).tolist(), room.tolist()):  # (B, new tokens)
+        text = tokenizer.decode(row[:limit])  # EOS, which also pads a row that has ended, decodes to ""
         replies.append((text.split(stop)[0] if stop else text).strip())
     return replies

@@ -3,8 +3,13 @@ import os
 import pytest
 import torch
 
-from nanollava.chat import generate_replies, open_llava, stream_reply, tokenize_prompts
-from nanollava.infra.io import InputError
+from nanollava.chat import (
+    TooLongError,
+    generate_replies,
+    open_llava,
+    stream_reply,
+    tokenize_prompts,
+)
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
 FEATURES = torch.zeros(1, 16, 32)  # of one image, in the language model's space
@@ -66,8 +71,22 @@ def test_reply_ends_where_the_context_is_full(model, tokenizer):
     (length, max_new_tokens), = calls
     assert length + max_new_tokens == 60
     model.config.text.max_position_embeddings = length
-    with pytest.raises(InputError, match=f"{length} tokens, but the model reads at most {length}"):
-        list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
+    for reply in (stream_reply(model, tokenizer, QUESTION, [PIXELS]),
+                  (generate_replies(*arguments) for arguments in [(model, tokenizer, [QUESTION])])):
+        with pytest.raises(TooLongError, match=f"{length} tokens, but .* reads at most {length}"):
+            list(reply)
+
+
+def test_each_reply_of_a_batch_ends_where_its_context_is_full(model, tokenizer):
+    short = [{"from": "human", "value": "Hi"}]
+    batch = [QUESTION, short]
+    lengths = tokenize_prompts(model, tokenizer, batch)[1].tolist()
+    context = model.config.text.max_position_embeddings = lengths[0] + 3
+    piece = tokenizer.encode("cat")
+    model.generate = FixedReply(piece * 99, piece * 99)
+    replies = generate_replies(model, tokenizer, batch, image_features=FEATURES, max_new_tokens=99)
+    assert [len(tokenizer.encode(reply)) for reply in replies] == \
+        [context - length for length in lengths]
 
 
 def test_model_larger_than_half_the_memory_stays_on_disk_with_equal_replies(
@@ -87,7 +106,7 @@ def test_ragged_batch_matches_single_prompts(model, tokenizer):
     questions = ["<image>\nWhat is there?", "Hello, who are you and what can you see?",
                  "<image>\n<image>\nSame?"]
     conversations = [[{"from": "human", "value": question}] for question in questions]
-    _, lengths = tokenize_prompts(model, tokenizer, conversations)
+    _, lengths, _ = tokenize_prompts(model, tokenizer, conversations)
     assert len(set(lengths.tolist())) == 3
     images = torch.randn(3, 3, 32, 32)
     batch = generate_replies(model, tokenizer, conversations, images, max_new_tokens=12)

@@ -1,46 +1,120 @@
-"""A model's answers to the questions of a benchmark, in a JSONL file of question_id and text."""
+"""A model's replies to the questions of a benchmark, in a JSONL file.
 
-import json
+A row has question_id, text and hashes of what the model was asked. A reply to another question with
+the same id is not used. Other programs write question_id and text alone: those rows count by id.
+"""
+
+import hashlib
 from pathlib import Path
 
 import torch
 
-from ..chat import generate_replies
+from ..chat import TooLongError, generate_replies, tokenize_prompts
 from ..image import open_image, preprocess
-from ..infra.io import read_jsonl
-from ..infra.progress import Progress
+from ..infra.io import hash_file, read_jsonl, reading
+from ..infra.jsonl import JsonlFile
+from ..infra.progress import Progress, print0
 
 
-def read_answers(path: Path) -> dict[str, str]:
-    """Replies by question id. If a question occurs twice, its last reply counts."""
-    rows = read_jsonl(path, ("question_id", "text"))
-    return {str(row["question_id"]): str(row["text"]) for row in rows}
+class Answers(JsonlFile):
+    """The replies of a file to some questions. The last reply to a question counts.
+
+    hashes: {question id: {name: hash}}, which the row of a reply must have.
+    """
+
+    shape = {"question_id": int | str, "text": str, "hashes?": {str: str}}
+
+    def __init__(self, path: Path, hashes: dict[str, dict[str, str]]):
+        super().__init__(path)
+        self.hashes, self.replies = hashes, {}  # reply by question id
+        self.without_hashes, self.mismatched = set(), set()  # question ids
+
+    def index(self, row: dict) -> None:
+        question_id, hashes = str(row["question_id"]), row.get("hashes")
+        if question_id not in self.hashes:
+            return
+        if hashes and not self.hashes[question_id].items() <= hashes.items():
+            self.mismatched.add(question_id)
+            return
+        self.replies[question_id] = row["text"]
+        if not hashes:
+            self.without_hashes.add(question_id)
+
+    def report(self) -> None:
+        """Tell the user which replies cannot be checked, and which are not used."""
+        mismatched = len(self.mismatched - self.replies.keys())
+        if mismatched:
+            print0(f"{self.path}: {mismatched} replies are not used: their questions, images or "
+                   "weights are others, with the same ids")
+        if self.without_hashes:
+            print0(f"{self.path}: {len(self.without_hashes)} replies are taken by question id: "
+                   "the file does not say what was asked")
+
+
+def read_answers(path: Path, questions: dict[str, tuple[str, list[Path]]]) -> dict[str, str]:
+    """The replies of a file by question id. Only the texts of the questions are compared."""
+    answers = Answers(path, {key: {"question": hash_text(text)}
+                             for key, (text, _) in questions.items()})
+    for row in read_jsonl(path, Answers.shape, growing=True):
+        answers.index(row)
+    answers.report()
+    return answers.replies
 
 
 def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], path: Path,
-               batch_size: int) -> dict[str, str]:
+               batch_size: int, weights: str) -> dict[str, str]:
     """The model's replies by question id, appended to a JSONL file batch by batch.
 
     questions: {id: (text, image files)}; `<image>` in the text marks the place of each image.
-    Questions that the file already answers are not asked again.
+    Questions that the file already answers are not asked again; those that the model's context
+    cannot hold have no reply. weights: the fingerprint of the model's.
     """
-    answers = read_answers(path) if path.exists() else {}
-    # texts of similar length share a batch, so that little of it is padding
-    pending = sorted(questions.keys() - answers, key=lambda key: (len(questions[key][0]), key))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (open(path, "a") as file,
-          Progress("answers", len(questions), "questions", len(answers)) as progress):
-        for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
-            images = [preprocess(open_image(image), model.config.image_size)
-                      for key in batch for image in questions[key][1]]
-            conversations = [[{"from": "human", "value": questions[key][0]}] for key in batch]
-            replies = generate_replies(model, tokenizer, conversations,
-                                       torch.stack(images) if images else None,
-                                       max_new_tokens=512)
-            for key, reply in zip(batch, replies):
-                answers[key] = reply
-                file.write(json.dumps({"question_id": key, "text": reply}) + "\n")
-            file.flush()  # a run that is stopped loses one batch at most
-            progress.update(len(answers))
-    return answers
+    hashes = {key: {"question": hash_text(text), "images": hash_images(images), "weights": weights}
+              for key, (text, images) in questions.items()}
+    with Answers(path, hashes) as answers:
+        answers.report()
+        pending = [key for key, (text, _) in questions.items()
+                   if key not in answers.replies and fits(model, tokenizer, key, text)]
+        # texts of similar length share a batch, so that little of it is padding
+        pending.sort(key=lambda key: (len(questions[key][0]), key))
+        with Progress("answers", len(questions), "questions", len(answers.replies)) as progress:
+            for start in range(0, len(pending), batch_size):
+                batch = pending[start : start + batch_size]
+                replies = answer_batch(model, tokenizer, [questions[key] for key in batch])
+                answers.append(*({"question_id": key, "text": reply, "hashes": hashes[key]}
+                                 for key, reply in zip(batch, replies)))
+                progress.update(len(answers.replies))
+    return answers.replies
+
+
+def answer_batch(model, tokenizer, questions: list[tuple[str, list[Path]]]) -> list[str]:
+    images = [preprocess(open_image(path), model.config.image_size)
+              for _, paths in questions for path in paths]
+    return generate_replies(model, tokenizer, [one_turn(text) for text, _ in questions],
+                            torch.stack(images) if images else None, max_new_tokens=512)
+
+
+def one_turn(question: str) -> list[dict]:
+    return [{"from": "human", "value": question}]
+
+
+def fits(model, tokenizer, question_id: str, question: str) -> bool:
+    """Whether the model's context holds a question; if not, say so."""
+    try:
+        tokenize_prompts(model, tokenizer, [one_turn(question)])
+    except TooLongError as error:
+        print0(f"question {question_id} stays unanswered: {error}")
+        return False
+    return True
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def hash_images(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with reading(path):
+            hash_file(digest, path)
+    return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ which replies are good, the ledger keeps the replies, and `chat`, any callable f
 
 import hashlib
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ from ..infra.progress import Progress, print0
 from .ledger import Ledger, RequestError, dollars
 
 TRIES = 3  # replies per item; if all of them are rejected, the item is given up
+_TAG = r"(?:think|thinking|thought|reasoning)>"
+_THOUGHTS = re.compile(rf"\A.*</{_TAG}|<{_TAG}.*", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass
@@ -43,11 +46,15 @@ class Job:
 
     def check(self, item, answer: dict) -> tuple[object, str | None]:
         """(result, None) for a good answer, (None, reason) for one that is rejected."""
+        text = remove_thoughts(answer["text"])
+        if answer["text"] and not answer["complete"]:
+            return None, "the reply was cut off"
+        if not text:
+            return None, "the reply has no text"
         try:
-            result = self.parse(item, answer["text"])
+            return self.parse(item, text), None
         except ValueError as error:
             return None, str(error)
-        return (result, None) if answer["complete"] else (None, "the reply was cut off")
 
     def replies(self, item) -> tuple[object, list[str]]:
         """From the ledger: the first good result or None, and the reasons of rejected answers."""
@@ -117,7 +124,7 @@ class Job:
                 failed_in_a_row = failed_in_a_row + 1 if reason else 0
                 if reason:
                     if not failed:
-                        progress.write(f"first failure among the {self.unit}: {reason}")
+                        print0(f"first failure among the {self.unit}: {reason}")
                     failed[reason] += 1
                 if failed_in_a_row >= 10 + workers:
                     raise InputError(f"{failed_in_a_row} {self.unit} failed in a row, "
@@ -136,16 +143,25 @@ class Job:
         return "  ".join(parts)
 
 
+def remove_thoughts(reply: str) -> str:
+    """A reply without the thoughts that reasoning models write before it.
+
+    The opening tag may be missing, if the prompt ended with it, or the closing tag, if the reply
+    was cut off.
+    """
+    return _THOUGHTS.sub("", reply).strip()
+
+
 def in_parallel(function: Callable, items: Iterable, workers: int, stop: threading.Event):
     """Yield function(item) as each finishes, `workers` at a time; items are drawn on demand.
 
     If function raises, or the caller stops reading, no new item starts. Items in flight finish,
     since they may have been paid for.
     """
-    items = iter(items)
+    items, futures = iter(items), set()
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(function, item) for item in islice(items, workers)}
         try:
+            futures |= {pool.submit(function, item) for item in islice(items, workers)}
             while futures:
                 done, futures = wait(futures, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -154,5 +170,5 @@ def in_parallel(function: Callable, items: Iterable, workers: int, stop: threadi
             stop.set()  # ends every wait between two attempts
             running = sum(future.running() for future in futures)
             if running:
-                print0(f"\nwaiting for {running} requests in flight, which may be paid for")
+                print0(f"waiting for {running} requests in flight, which may be paid for")
             raise
