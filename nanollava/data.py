@@ -6,6 +6,7 @@ are opened when a batch needs it.
 
 import hashlib
 import math
+import os
 import random
 import signal
 from pathlib import Path
@@ -18,7 +19,7 @@ from .conversation import IGNORE_INDEX, tokenize_conversation
 from .data_checks import check_row, check_sources, format_errors, row_name
 from .image import open_image, preprocess
 from .infra import distributed
-from .infra.io import InputError, hash_file, read_json_item
+from .infra.io import InputError, hash_file, path_inside, read_json_item
 
 PAD_ROW = -1  # the index of a row without targets, which fills up a batch
 
@@ -49,7 +50,7 @@ class Conversations(torch.utils.data.Dataset):
         self.truncated = int((lengths > max_length).sum())  # rows that are cut off at the end
         digest = hashlib.sha256()
         for path, images in sources:
-            digest.update(str(Path(images).resolve()).encode())
+            digest.update(os.fsencode(Path(images).resolve()))
             hash_file(digest, path)
         self.digest = digest.hexdigest()[:12]  # tells a resumed run whether its data is the same
 
@@ -67,7 +68,7 @@ class Conversations(torch.utils.data.Dataset):
         # 2. each `<image>` becomes tokens_per_image image tokens
         tokens, labels = self.tokenize(turns)
         # 3. pixels, one image for each `<image>`
-        images = [preprocess(open_image(Path(folder) / file), self.config.image_size)
+        images = [preprocess(open_image(path_inside(folder, file)), self.config.image_size)
                   for file in files]
         return tokens[: self.max_length], labels[: self.max_length], images
 

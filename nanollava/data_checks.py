@@ -13,7 +13,7 @@ from pathlib import Path
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, INSTRUCTION_KINDS, TEMPLATES, check_turns
 from .image import image_error
 from .infra import distributed
-from .infra.io import InputError, read_json_item, read_json_list, scan_json_list
+from .infra.io import InputError, path_inside, read_json_item, read_json_list, scan_json_list
 from .infra.progress import progress
 
 
@@ -74,14 +74,15 @@ def check_sources(sources, tokenize: Callable, config, max_length: int):
     for source, (path, images) in enumerate(sources):
         num_before = len(places)
         for number, (row, start, end) in enumerate(scan_json_list(path)):
-            place, files, length = (source, number, start, end), [], 0
+            place, paths, length = (source, number, start, end), [], 0
             try:
                 turns, files = check_row(row)
+                paths = [path_inside(images, file) for file in files]
                 length = row_length(turns, tokenize, config, max_length)
             except ValueError as error:
                 errors[len(places)] = f"{row_name(sources, place)}: {error}"
-            for file in files:
-                rows_of_image[os.path.join(images, file)].append(len(places))
+            for image in paths:
+                rows_of_image[image].append(len(places))
             places.append(place)
             lengths.append(length)
         if len(places) == num_before:

@@ -17,7 +17,7 @@ from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
 from .infra.cli import (Parser, add_command, check_flags, one_line_errors, percent_table,
                         positive)
-from .infra.io import InputError, read_json, read_json_list, read_jsonl, write_json
+from .infra.io import InputError, path_inside, read_json, read_json_list, read_jsonl, write_json
 from .infra.progress import print0, progress
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
@@ -138,10 +138,11 @@ def evaluate_report(arguments) -> tuple[str, None]:
     for number, row in enumerate(progress(rows, "answers", "rows")):
         try:
             turns, files = check_row(row)
+            paths = [Path(path_inside(arguments.images, file)) for file in files]
         except ValueError as error:
             raise InputError(f"{arguments.data}, row {number}: {error}") from error
         question, answer = turns[0]["value"], turns[1]["value"]
-        paths = [arguments.images / file for file in files[: question.count(IMAGE_TOKEN)]]
+        paths = paths[: question.count(IMAGE_TOKEN)]
         images = [preprocess(open_image(path), model.config.image_size) for path in paths]
         reply = "".join(stream_reply(model, tokenizer, turns[:1], images))
         cards.append((paths[0] if paths else None, [Exchange(question, reply, answer)]))
@@ -216,7 +217,8 @@ def evaluate_bench(arguments) -> tuple[str, dict]:
         raise InputError("--model needs --images, the folder of the images")
     rows = read_jsonl(arguments.questions, ("question_id", "image", "text", "category"))
     folder = arguments.images or Path()
-    questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}", [folder / row["image"]])
+    questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}",
+                                           [Path(path_inside(folder, row["image"]))])
                  for row in rows}
     answers = collect_answers(arguments, questions, "bench.jsonl")
     items = llava_bench.build_items(rows, arguments.reference, arguments.context, answers)

@@ -3,69 +3,106 @@
 The result is bit-equal to transformers' Pillow processors, `CLIPImageProcessor` and LLaVA's.
 """
 
-import contextlib
-import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
-from .infra.io import InputError
+from .infra.io import InputError, check_regular_file
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 # (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic
 NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - np.float32([MEAN]).T) / np.float32([STD]).T
 
-# what Pillow raises for a broken file
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error,
-              Image.DecompressionBombError)
+# Pixels only. Pillow opens other formats too, and runs Ghostscript, a program, for EPS.
+Image.init()  # an old Pillow lacks AVIF
+FORMATS = [name for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+           if name in Image.OPEN]
+# Pillow warns of odd metadata and above 89 million pixels. Above 179 million it raises an error.
+warnings.filterwarnings("ignore", module="PIL")
+
+ROTATIONS = dict(zip(range(2, 9), (  # by the orientation in EXIF data
+    Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM,
+    Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)))
 
 
-@contextlib.contextmanager
-def opened(path: str | Path):
-    """An image file, open for reading.
+def open_image(path: str | Path, draft: bool = False) -> Image.Image:
+    """An image file as RGB, rotated as its EXIF says.
 
-    Raises InputError if it does not exist, is not an image, is broken, or is too long and narrow.
+    draft: decode a JPEG at an eighth of its size, which is much faster.
+    Raises InputError if the file does not exist, has none of FORMATS, is broken, has more than 179
+    million pixels or pixels of no known range, or is too long and narrow.
     """
+    check_regular_file(path)
     try:
-        with Image.open(path) as image:
-            if max(image.size) > 100 * min(image.size):  # resized by the short side, it is huge
+        with Image.open(path, formats=FORMATS) as image:
+            if not 0 < max(image.size) <= 100 * min(image.size):
+                # resized by the short side, it would be huge
                 raise ValueError(f"{image.width} by {image.height} pixels, one side more than 100 "
                                  "times the other")
-            yield image
+            if draft:
+                image.draft("RGB", (1, 1))
+            image.load()
+            rotation = exif_rotation(image)
+            image = scale_16_bits(image)
+            if draft:  # one pixel is enough to see whether it converts
+                image = image.crop((0, 0, 1, 1))
+            image = to_rgb(image)
+            return image if rotation is None else image.transpose(rotation)
     except FileNotFoundError as error:
         raise InputError(f"no image at {path}") from error
-    except PIL_ERRORS as error:
-        raise InputError(f"{path} is not an image that Pillow can read: {error}") from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, rotated as its EXIF says. Raises InputError if it cannot be read."""
-    with opened(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise InputError(f"{path} is not an image: it must be {formats}") from error
+    except Exception as error:  # a decoder raises errors of any class for a broken file
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} is not an image that Pillow can read: {reason}") from error
 
 
 def image_error(path: str | Path) -> str | None:
-    """What is wrong with an image file, or None. Much faster than `open_image` for a JPEG, which is
-    decoded at an eighth of its size."""
+    """What is wrong with an image file, or None. Much faster than `open_image` for a JPEG."""
     try:
-        with opened(path) as image:
-            image.draft("RGB", (1, 1))
-            image.load()
+        open_image(path, draft=True)
     except InputError as error:
         return str(error)
 
 
+def exif_rotation(image: Image.Image) -> Transpose | None:
+    """The rotation that the EXIF data of a loaded image asks for. Broken data asks for none."""
+    try:
+        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever Pillow raises, the pixels are intact
+        return None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB; transparent pixels become white, as in transformers."""
-    if image.mode.startswith("I;16"):  # 16 bits to 8: Pillow would clip the values, not scale them
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    image = scale_16_bits(image)
     if image.has_transparency_data:  # Pillow would show the color below, often black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def scale_16_bits(image: Image.Image) -> Image.Image:
+    """Gray values from 0 to 65535 as 8 bits: Pillow would clip them to 255, not scale them.
+
+    Other images with 8 bits stay as they are. Raises ValueError for gray of another range.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    # Pillow reads a 16-bit PGM as "I", 32 bits; an old Pillow also a PNG
+    is_16_bit = (image.mode.startswith("I;16")
+                 or image.mode == "I" and image.format in ("PPM", "PNG"))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: bits of a sample; 0 is black
+    if not is_16_bit or tags.get(258, (16,)) != (16,) or tags.get(262, 1) != 1:
+        raise ValueError(f"its pixels ({image.mode}) are not 8 bits, nor from 0 (black) to 65535; "
+                         "convert it")
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
 
 
 def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:

@@ -2,6 +2,7 @@ import json
 import random
 
 import pytest
+from PIL import Image
 
 from nanollava.conversation import tokenize_conversation
 from nanollava.data import Conversations, length_grouped_batches
@@ -15,10 +16,10 @@ ROW = {"id": "7", "image": "train_000000.png", "conversations": [QUESTION, ANSWE
 
 @pytest.fixture
 def load(world, tokenizer, config, tmp_path):
-    def load(content, **options):
+    def load(content, images=world / "images", **options):
         content = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / "chat.json").write_text(content)
-        sources = [(tmp_path / "chat.json", world / "images")]
+        sources = [(tmp_path / "chat.json", images)]
         return Conversations(sources, tokenizer, config, **options)
 
     return load
@@ -51,14 +52,23 @@ def test_all_bad_rows_are_counted_and_ten_are_named(load, world, tmp_path):
     (tmp_path / "broken.png").write_bytes(image[:-40])
     (tmp_path / "page.png").write_text("<html>not found</html>")
     bad = [{**ROW, "image": f"gone{number}.png"} for number in range(10)]
-    bad += [{**ROW, "image": str(tmp_path / name)} for name in ("broken.png", "page.png")]
+    bad += [{**ROW, "image": name} for name in ("broken.png", "page.png")]
     bad += [{"id": "8"}]
     message = r"^13 of 14 rows .*--skip-bad.*row 0 .*gone0.png; .*row 9 .*; and 3 more$"
+    (tmp_path / "train_000000.png").symlink_to(world / "images" / "train_000000.png")
     with pytest.raises(InputError, match=message):
-        load([*bad, ROW])
+        load([*bad, ROW], tmp_path)
     for row, name in ((bad[-3], "broken.png"), (bad[-2], "page.png")):
         with pytest.raises(InputError, match=f"{name} is not an image"):
-            load([ROW, row])
+            load([ROW, row], tmp_path)
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/secret.png", "a/../../secret.png", ".."])
+def test_image_outside_of_the_image_folder_is_refused_before_it_is_opened(load, tmp_path, image):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    for name in (image, image.replace("/etc", str(tmp_path))):
+        with pytest.raises(InputError, match=r"row 0 \(id 7\): '.*' is outside of .*images: name "):
+            load([{**ROW, "image": name}, ROW])
 
 
 def test_max_length_that_cuts_off_all_answers_is_an_error(load):

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..conversation import IMAGE_TOKEN
-from ..infra.io import InputError, read_json
+from ..infra.io import InputError, path_inside, read_json
 from ..teacher.jobs import Job
 from ..teacher.ledger import Ledger
 
@@ -100,7 +100,8 @@ def questions_with_images(problems: dict[str, dict],
     """Each problem's question and image files. The image of problem 7 is folder/7/image.png."""
     questions = {}
     for problem_id, problem in problems.items():
-        images = [folder / problem_id / problem["image"]] if problem.get("image") else []
+        image = f"{problem_id}/{problem.get('image')}"
+        images = [Path(path_inside(folder, image))] if problem.get("image") else []
         questions[problem_id] = (format_question(problem), images)
     return questions
 

@@ -80,9 +80,31 @@ def write_json(path: str | Path, value, indent: int | None = None) -> None:
         temp.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate becomes "?"
 
 
+def check_regular_file(path: str | Path) -> None:
+    """Raise InputError if `path` is a folder, FIFO, device or socket: reading may never end.
+
+    The reader itself reports a missing file.
+    """
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise InputError(f"{path} is not a file: a folder, FIFO or device is not read")
+
+
+def path_inside(folder: str | Path, name: str) -> str:
+    """The path of a file in a folder, for a name that comes from data.
+
+    Raises InputError if the name is absolute or leads out of the folder by `..`. Only the name is
+    checked: the folder and what is in it may be links, to another disk for example.
+    """
+    normal = os.path.normpath(name)
+    if os.path.splitdrive(normal)[0] or f"{normal}{os.sep}".startswith((os.sep, f"..{os.sep}")):
+        raise InputError(f"{name!r} is outside of {folder}: name files by their path in it")
+    return os.path.join(folder, normal)
+
+
 @contextlib.contextmanager
 def reading(path: str | Path):
     """Turn errors of reading a JSON file into InputError."""
+    check_regular_file(path)
     try:
         yield
     except OSError as error:

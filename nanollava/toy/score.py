@@ -13,7 +13,7 @@ import torch
 from ..benchmarks.report import Exchange, write_report
 from ..chat import generate_replies
 from ..image import open_image, preprocess
-from ..infra.io import read_json
+from ..infra.io import path_inside, read_json
 from ..infra.progress import Progress
 from ..infra.run_log import read_log
 from ..llava import Llava
@@ -63,7 +63,8 @@ def encode_files(model: Llava, files: list[str], images: Path,
     features = {}
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
-        pixels = [preprocess(open_image(images / file), model.config.image_size) for file in batch]
+        pixels = [preprocess(open_image(path_inside(images, file)), model.config.image_size)
+                  for file in batch]
         features.update(zip(batch, model.encode_images(torch.stack(pixels))))
     return features
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..infra.io import InputError, atomic_write, read_json, write_json
+from ..infra.io import (InputError, atomic_write, check_regular_file, path_inside, read_json,
+                        write_json)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -43,7 +44,8 @@ def shard_paths(folder: Path) -> list[Path]:
                          "run code and are not opened; `python prepare_data.py weights` downloads "
                          "and converts them)")
     try:
-        paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+        files = set(read_json(index)["weight_map"].values())
+        paths = sorted(Path(path_inside(folder, file)) for file in files)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} does not say which file holds which tensor") from error
     for path in paths:
@@ -118,6 +120,7 @@ def fingerprint(folder: str | Path) -> str:
     """A hash of samples of the weights: cheap, and enough to notice that they were replaced."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
+        check_regular_file(path)
         size = path.stat().st_size
         with open(path, "rb") as file:
             for block in range(64):  # 4 KiB each, evenly spread, the last bytes included

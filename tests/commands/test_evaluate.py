@@ -126,6 +126,16 @@ def test_report_adds_replies_to_the_page_of_a_run(command, run_folder, world):
     assert "<polyline" in page and page.count("<img") == 2
 
 
+def test_report_shows_no_image_from_outside_its_folder(error_of, run_folder, world):
+    rows = read_json(world / "instruct.json")[:1]
+    rows[0]["image"] = "../images/" + rows[0]["image"]
+    Path("rows.json").write_text(json.dumps(rows))
+    error = error_of("nanollava.evaluate", "report", "--model", "run", "--data", "rows.json",
+                     "--images", world / "images", "--device", "cpu")
+    assert "rows.json, row 0: '../images/" in error and "is outside of" in error
+    assert not Path("run/report.html").exists()
+
+
 def test_scienceqa_scores_a_model(command, scienceqa, run_folder):
     code, out, error = command(*scienceqa, "--model", run_folder, "--out", "out.json",
                                "--device", "cpu")
