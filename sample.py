@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from nanollava.conversation import IMAGE_TOKEN
-from nanollava.infra.cli import Parser, check_flags, one_line_errors, positive, seed
+from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed, start
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
 
@@ -28,11 +28,11 @@ def parse_arguments():
     add("--prompt", action="append",
         help="question; several make a conversation (default: questions from standard input)")
     add("--model", type=Path, help="folder of a LLaVA (default: runs/toy/stage2)")
-    add("--temperature", type=float, default=0.0,
+    add("--temperature", type=in_range(0.001, 100.0, 0), default=0.0,
         help="0 takes the likeliest token, 1 samples from the model's distribution (default: 0)")
-    add("--top-p", type=float, default=1.0,
+    add("--top-p", type=in_range(0.0, 1.0), default=1.0,
         help="sample from the likeliest tokens up to this total probability (default: 1)")
-    add("--max-new-tokens", type=positive(int), default=512,
+    add("--max-new-tokens", type=in_range(1, 1_000_000), default=512,
         help="maximum length of a reply (default: %(default)s)")
     add("--seed", type=seed, help="random seed of sampling")
     add("--dtype", choices=("float32", "bfloat16"),
@@ -40,24 +40,19 @@ def parse_arguments():
     add("--device", help="cuda, mps or cpu (default: the first that exists)")
     add("--compile", action="store_true", help="compile the blocks: faster after some minutes")
     arguments = parser.parse_args()
-    with one_line_errors():
-        check_flags(arguments, {}, CONFLICTS)
-        check_values(arguments)
-    return arguments
-
-
-def check_values(arguments) -> None:
-    if not arguments.temperature >= 0 or not 0 <= arguments.top_p <= 1:
-        raise InputError("--temperature must be 0 or more, and --top-p between 0 and 1")
+    check_flags(arguments, {}, CONFLICTS)
     for prompt in arguments.prompt or []:
         if not prompt.strip():
             raise InputError("--prompt is empty")
         if IMAGE_TOKEN in prompt:
             raise InputError(f"--prompt must not contain {IMAGE_TOKEN}; --image gives the images")
+    return arguments
 
 
-if __name__ == "__main__":
-    arguments = parse_arguments()  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    start()
+    with one_line_errors():
+        arguments = parse_arguments()
 
 import torch
 
@@ -89,7 +84,8 @@ def main(arguments) -> None:
             print(piece, end="", flush=True)
             reply += piece
         print()
-        turns.append({"from": "gpt", "value": reply})
+        # <image> in a reply is text that the model made up, not the place of an image
+        turns.append({"from": "gpt", "value": reply.replace(IMAGE_TOKEN, "image")})
 
 
 def find_toy_model() -> Path:

@@ -3,6 +3,7 @@
 A prompt is a prefix of a training row, and a reply ends where training put the stop.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,18 @@ def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Lla
     tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
     num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device == "cpu" and num_bytes > memory / 2:
+    if device == "cpu" and num_bytes > physical_memory() / 2:
         print0(f"{folder} would take {num_bytes / 2**30:.0f} GiB in {str(dtype)[6:]}: "
                "its weights stay on disk, memory-mapped")
         return model, tokenizer
     return model.to(device, dtype), tokenizer
+
+
+def physical_memory() -> float:
+    """Bytes of memory of this machine; infinite on Windows, which does not tell Python."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def stop_condition(model: Llava, tokenizer: Tokenizer) -> tuple[int | None, str | None]:
@@ -115,6 +122,7 @@ def generate_replies(model: Llava, tokenizer: Tokenizer, conversations: list[lis
                                 image_features=image_features))
     replies = []
     for row, limit in zip(torch.stack(steps, dim=1).tolist(), room.tolist()):  # (B, new tokens)
-        text = tokenizer.decode(row[:limit])  # EOS, which also pads a row that has ended, decodes to ""
+        # EOS, which also pads a row that has ended, decodes to ""
+        text = tokenizer.decode(row[:limit])
         replies.append((text.split(stop)[0] if stop else text).strip())
     return replies

@@ -1,4 +1,4 @@
-"""A JSONL file that only grows: paid answers, replies to a benchmark. A killed run loses no line."""
+"""A JSONL file that only grows, as the ledger of paid answers does. A killed run loses no line."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-from .io import InputError, lock_file, parse_json, read_jsonl
+from .io import InputError, lock_file, parse_json, read_jsonl, sync_folder
 
 RESERVED_BYTES = 1 << 18  # must be free on the disk: more than all answers in flight take
 
@@ -43,6 +43,7 @@ class JsonlFile:
         self.end_last_line()
         self.append_bytes(b" " * RESERVED_BYTES)  # buy nothing that a full disk could not keep
         os.truncate(self.path, self.path.stat().st_size - RESERVED_BYTES)
+        sync_folder(self.path.parent)  # the file itself may be new
         return self
 
     def end_last_line(self) -> None:

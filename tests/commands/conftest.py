@@ -1,7 +1,11 @@
 """What the tests of the commands share: running one as a user does, and small models on disk."""
 
 import importlib
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -39,6 +43,31 @@ def error_of(command):
         return error
 
     return run
+
+
+@pytest.fixture(params=["SIGTERM", "SIGHUP"])
+def signal_in_flight(request, server):
+    """signal_in_flight(4) -> a signal that this process gets when 4 requests are in flight."""
+    signum, answer = getattr(signal, request.param), threading.Event()
+    before = signal.signal(signum, signal.SIG_DFL)  # nohup ignores SIGHUP
+
+    def prepare(count):
+        reply = server.reply
+
+        def reply_late(body):
+            if len(server.requests) >= count and body is server.requests[count - 1]:
+                time.sleep(0.1)  # now the main thread waits for answers
+                os.kill(os.getpid(), signum)
+                time.sleep(0.1)
+                answer.set()
+            answer.wait(5)
+            return reply(body)
+
+        server.reply = reply_late
+        return signum
+
+    yield prepare
+    signal.signal(signum, before)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ REQUIRED = {  # the arguments without which a command does not start
     "bench": ("--questions", "q", "--reference", "r", "--context", "c", "--out", "o",
               "--answers", "a"),
 }
-VALUES = {"--workers": 2, "--batch-size": 2, "--dtype": "float32", "--model": "m"}
+VALUES = {"--workers": 2, "--max-reply-tokens": 9, "--batch-size": 2, "--dtype": "float32",
+          "--model": "m"}
 
 
 @pytest.fixture
@@ -169,6 +170,19 @@ def test_ensemble_asks_gpt_once_and_combines_its_answers(command, scienceqa, ser
     assert roles == ["system", "user", "assistant", "user"]  # one solved example, of train
     result = read_json("out.json")
     assert result["accuracy"]["AVG"] == 50 and result["judge"]["accuracy"]["AVG"] == 0
+
+
+def test_signal_keeps_the_answers_in_flight(command, scienceqa, bench, server, signal_in_flight):
+    server.reply = lambda body: "8 6\nIt is B."
+    signum = signal_in_flight(2)
+    code, *_ = command(*scienceqa, "--answers", "answers.jsonl", "--ensemble", "gpt",
+                       *base_url(server))
+    assert code == 128 + signum and len(server.requests) == 2
+    assert len(Path("gpt/alone.jsonl").read_text().splitlines()) == 2
+    signal_in_flight(4)
+    code, *_ = command(*bench, "--answers", "answers", *base_url(server), "--both-orders")
+    assert code == 128 + signum and len(server.requests) == 4
+    assert len(Path("out.json.ledger.jsonl").read_text().splitlines()) == 2
 
 
 def test_bench_asks_for_each_grade_once(command, bench, server):

@@ -36,8 +36,8 @@ FLAGS = {
     "show": ({"--data": "x", "--row": "1", "--model": "x", "--template": "v0"}, []),
     "instruct": (
         {"--instances": "x", "--kind": "detail", "--base-url": "http://x", "--model": "x",
-         "--workers": "2", "--limit": "2", "--max-tokens": "9", "--price": "1,2", "--timeout": "9",
-         "--seed": "1", "--dry-run": None},
+         "--workers": "2", "--limit": "2", "--max-tokens": "9", "--max-reply-tokens": "9",
+         "--price": "1,2", "--timeout": "9", "--seed": "1", "--dry-run": None},
         ["--captions", "x", "--out", "x"]),
     "captions": ({"--balance": None, "--seed": "1"}, ["--captions", "x", "--out", "x"]),
     "scienceqa": ({"--split": "val", "--order": "answer-first"}, ["--data", "x", "--out", "x"]),
@@ -59,7 +59,8 @@ def is_refused(name, *flags):
     if name == "show":
         return "--row" in flags and "--data" not in flags
     if name == "instruct" and "--dry-run" in flags:
-        if {"--base-url", "--workers", "--max-tokens", "--timeout", "--seed"} & set(flags):
+        if {"--base-url", "--workers", "--max-tokens", "--max-reply-tokens", "--timeout",
+                "--seed"} & set(flags):
             return True
     return name == "instruct" and "--instances" in flags and "--kind" not in flags
 
@@ -168,6 +169,14 @@ def test_instruct_writes_paid_answers_when_the_run_fails(command, instruct, serv
     assert len(read_json(tmp_path / "out.json")) == 6
 
 
+def test_instruct_keeps_answers_in_flight_when_a_signal_stops_it(command, instruct, server,
+                                                                 signal_in_flight, tmp_path):
+    signum = signal_in_flight(4)
+    code, out, error = command(*instruct, "--workers", 4)
+    assert (code, out) == (128 + signum, "") and "waiting for 4 requests in flight" in error
+    assert len(server.requests) == len(read_json(tmp_path / "out.json")) == 4
+
+
 def test_instruct_keeps_one_kind_and_model_per_file(command, error_of, instruct, coco, tmp_path):
     arguments = *instruct, "--limit", 3
     assert command(*arguments)[0] == 0
@@ -252,7 +261,7 @@ def test_dry_run_counts_what_the_ledger_lacks(command, instruct):
     (["--price", "3"], "--price"),
     (["--base-url", "localhost"], "--base-url"),
     (["--captions", "none.json"], "none.json"),
-    (["--out", "."], "--out . is a folder"),
+    (["--out", "."], "--out: cannot write ."),
 ])
 def test_mistake_in_instruct_is_one_line(error_of, coco, tmp_path, arguments, message):
     assert message in error_of("prepare_data", "instruct", "--captions", coco[0],

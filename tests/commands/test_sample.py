@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nanollava.infra.cli import one_line_errors
+from nanollava.tokenizer import Tokenizer
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,6 +42,14 @@ def test_several_prompts_make_one_conversation(command, run_folder, image, monke
                            "--prompt", "A cat?", "--prompt", "Red?")
     assert (code, out) == (0, "Yes.\nYes.\n")
     assert conversations == [["<image>\nA cat?"], ["<image>\nA cat?", "Yes.", "Red?"]]
+
+
+def test_chat_continues_after_a_reply_that_contains_the_image_token(command, run_folder, image,
+                                                                    monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: "An <im<image>age>")
+    code, out, error = command("sample", "--model", run_folder, "--image", image,
+                               "--max-new-tokens", 1, "--prompt", "A cat?", "--prompt", "Red?")
+    assert (code, error) == (0, "") and out == "An <im<image>age>\n" * 2
 
 
 def test_without_prompt_each_line_of_standard_input_is_a_question(command, run_folder, image,
@@ -122,7 +133,7 @@ NEED_TEMPERATURE = {"--top-p", "--seed"}
 def test_pair_of_flags_acts_or_is_refused(pair, monkeypatch, capsys):
     words = [word for flag in pair for word in (flag, FLAGS[flag]) if word]
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
-    parse = importlib.import_module("sample").parse_arguments
+    parse = one_line_errors()(importlib.import_module("sample").parse_arguments)
     if NEED_TEMPERATURE & {*pair} and "--temperature" not in pair:
         with pytest.raises(SystemExit):
             parse()

@@ -93,7 +93,7 @@ def test_killed_run_loses_no_row_that_it_has_reported(tmp_path, number):
     (b'{"id": 1}\n{\n{"id": 2}\n', "line 2 is not JSON"),
     (b'{"id": 1}{"id": 2}\n', "line 1 is not JSON"),
     (b'\n{"id": "x"}\n', "line 2: id must be an integer"),
-    XX,
+    (b'{"id": 1, "text": "\xff"}\n', "line 1 is not UTF-8"),
     (b"[]\n", "line 1: "), (b"3\n", "line 1: "), (b"{}\n", "line 1: it has no 'id'")])
 def test_damaged_line_is_named_and_nothing_is_changed(tmp_path, content, message):
     (tmp_path / "rows").write_bytes(content)

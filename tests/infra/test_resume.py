@@ -26,6 +26,14 @@ from nanollava.weights import hf_config, hf_format
 STEPS = 60
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Some shells start background processes with Ctrl-C disabled."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def arguments(model, tokenizer, world, tmp_path):
     """Stage 2 on 40 conversations, some without an image, in batches of 8: 60 steps."""
@@ -86,6 +94,10 @@ def test_stopped_and_killed_run_ends_in_equal_bits(arguments, tmp_path, monkeypa
     shutil.copytree(stopped, sharded)
 
     process = start_train(*arguments, "--out", stopped, "--resume")
+    while not (stopped / ".lock").exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="stopped is in use by another run"):
+        run_train(monkeypatch, *arguments, "--out", stopped, "--resume")
     assert stop_after(process, stopped, 35, signal.SIGKILL) == -signal.SIGKILL
     run_train(monkeypatch, *arguments, "--out", stopped, "--resume")
     rows = read_log(stopped / "log.jsonl")
@@ -219,7 +231,7 @@ def test_signal_after_the_last_step_is_not_lost(model, tmp_path):
 def test_log_is_cut_to_the_checkpoint_and_the_best_loss_is_read_from_it(model, tmp_path):
     path, checkpoints = tmp_path / "log.jsonl", Checkpoints(tmp_path, model, [], {})
     checkpoints.save(2)
-    rows = [{"step": step, "elapsed": 10.0 + step, "val_loss": 5.0 - step} for step in range(4)]
+    rows = [{"step": step, "loss": 1.0, "elapsed": 10.0 + step, "val_loss": 5.0 - step} for step in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "los')
     run = Run("test", 9, checkpoints, path)
     assert (run.start, run.best_val_loss) == (2, 4.0)
@@ -316,6 +328,7 @@ def test_damaged_checkpoint_is_named(model, tmp_path):
     next((tmp_path / "step-1").glob("*.safetensors")).write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot read .*step-1"):
         checkpoints.load()
-    write_json(tmp_path / "step-1" / "run.json", [])
-    with pytest.raises(InputError, match="run.json is damaged"):
-        checkpoints.load()
+    for content in ([], {"step": None}, {"step": "1"}, {"step": -1}, {"step": 10**30}):
+        write_json(tmp_path / "step-1" / "run.json", content)
+        with pytest.raises(InputError, match="run.json(: it must be|: step must be| is damaged)"):
+            checkpoints.load()

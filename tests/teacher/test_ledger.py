@@ -1,4 +1,4 @@
-"""The ledger: its lines, and those of older versions. tests/infra/test_jsonl.py kills its writer."""
+"""The ledger: its lines, and those of older versions. test_jsonl.py has kills and full disks."""
 
 import json
 
