@@ -8,14 +8,19 @@
     python prepare_data.py weights llava-hf/llava-1.5-7b-hf    # download public weights
 """
 
+from nanollava.infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors,
+                                 out_file, out_folder, positive, seed, start)
+
+if __name__ == "__main__":
+    start()  # before the imports that take long
+
 import random
 from collections import Counter
 from pathlib import Path
 
 from nanollava import conversation
 from nanollava.benchmarks import scienceqa
-from nanollava.infra.cli import Parser, add_command, check_flags, one_line_errors, positive, seed
-from nanollava.infra.io import InputError, read_json_list, write_json
+from nanollava.infra.io import InputError, check_shape, read_json_list, write_json
 from nanollava.infra.progress import print0
 from nanollava.teacher import prompts
 from nanollava.teacher.api import OPENAI, Chat
@@ -33,7 +38,8 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 NEEDS = {"--row": ("--data",)}
 # {(flag, other): why the flag has no effect together with the other}
 CONFLICTS = {("--instances", "--kind conversation"): "conversations are made from captions alone"}
-for _flag in ("--base-url", "--workers", "--max-tokens", "--timeout", "--seed"):
+for _flag in ("--base-url", "--workers", "--max-tokens", "--max-reply-tokens", "--timeout",
+              "--seed"):
     CONFLICTS[_flag, "--dry-run"] = "a dry run sends no request"
 
 
@@ -55,9 +61,10 @@ def main(arguments) -> None:
 
 
 def add_toy_arguments(add) -> None:
-    add("--out", type=Path, default=Path("data/toy"), help="folder to write (default: %(default)s)")
+    add("--out", type=out_folder, default=Path("data/toy"),
+        help="folder to write (default: %(default)s)")
     add("--seed", type=seed, default=0, help="draws the scenes (default: %(default)s)")
-    add("--scenes", type=positive(int), default=8000,
+    add("--scenes", type=in_range(1, 1_000_000), default=8000,
         help="number of training images (default: %(default)s)")
 
 
@@ -68,7 +75,7 @@ def draw_toy_world(arguments) -> None:
 
 
 def add_toy_scienceqa_arguments(add) -> None:
-    add("--out", type=Path, default=Path("data/toy-scienceqa"),
+    add("--out", type=out_folder, default=Path("data/toy-scienceqa"),
         help="folder to write (default: %(default)s)")
     add("--seed", type=seed, default=0, help="draws the problems (default: %(default)s)")
 
@@ -81,7 +88,7 @@ def draw_toy_problems(arguments) -> None:
 
 def add_show_arguments(add) -> None:
     add("--data", type=Path, help="LLaVA JSON (default: a new row of the toy world)")
-    add("--row", type=int, help="row of --data, from 0 (default: a random one)")
+    add("--row", type=in_range(0, 10**9), help="row of --data, from 0 (default: a random one)")
     add("--model", type=Path, default=ASSETS / "toy-llama",
         help="folder of the tokenizer (default: assets/toy-llama)")
     add("--template", choices=conversation.TEMPLATES, default="vicuna_v1",
@@ -100,16 +107,17 @@ def show_row(arguments) -> None:
             raise InputError(f"--row {number}: {arguments.data} has rows 0 to {len(rows) - 1}")
         name, row = f"{arguments.data}, row {number}", rows[number]
     tokenizer = Tokenizer(arguments.model)
+    check_shape(row, {"conversations": list}, name)
     try:
         tokens, labels = conversation.tokenize_conversation(
             row["conversations"], tokenizer, arguments.template)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"{name}: {error}") from error
     print(conversation.visualize_tokens(tokens, labels, tokenizer, len(tokenizer)))
 
 
 def price(text: str) -> tuple[float, float]:
-    prompt, completion = (positive(float)(number) for number in text.split(","))
+    prompt, completion = map(in_range(0.0, 100_000.0), text.split(","))
     return prompt, completion
 
 
@@ -121,17 +129,20 @@ def add_instruct_arguments(add) -> None:
     add("--instances", type=Path, help="COCO's instances_*.json, for --kind detail and reasoning")
     add("--kind", choices=conversation.INSTRUCTION_KINDS, default="conversation",
         help="what to write (default: %(default)s)")
-    add("--out", type=Path, required=True,
+    add("--out", type=out_file, required=True,
         help="LLaVA JSON to write; FILE.ledger.jsonl next to it keeps every answer")
     add("--base-url", default=OPENAI, help="a server with /chat/completions (default: OpenAI's)")
     add("--model", default="gpt-4", help="name of the language model (default: %(default)s)")
-    add("--workers", type=positive(int), default=8, help="parallel requests (default: %(default)s)")
-    add("--limit", type=positive(int), metavar="N", help="use only the first N images")
-    add("--max-tokens", type=positive(int), default=float("inf"), metavar="N",
+    add("--workers", type=in_range(1, 1024), default=8,
+        help="parallel requests (default: %(default)s)")
+    add("--limit", type=positive, metavar="N", help="use only the first N images")
+    add("--max-tokens", type=in_range(1, 10**12), default=float("inf"), metavar="N",
         help="start no request once all runs on this FILE have used N tokens")
+    add("--max-reply-tokens", type=positive, default=2048, metavar="N",
+        help="longest answer (default: %(default)s)")
     add("--price", type=price, default=(0.0, 0.0), metavar="IN,OUT",
         help="dollars per million prompt and completion tokens, to show the cost")
-    add("--timeout", type=positive(float), default=600.0, metavar="SECONDS",
+    add("--timeout", type=in_range(0.1, 86_400.0), default=600.0, metavar="SECONDS",
         help="for one answer (default: %(default)s)")
     add("--seed", type=seed, default=0,
         help="draws the place of each image and some questions (default: %(default)s)")
@@ -142,8 +153,6 @@ def add_instruct_arguments(add) -> None:
 def ask_teacher(arguments) -> None:
     """Let a language model write instruction data about COCO's images."""
     out, images = arguments.out, read_images(arguments)
-    if not out.name or out.is_dir():
-        raise InputError(f"--out {out} is a folder: name a file in it")
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} exists without {path.name} next to it: choose another --out")
@@ -157,7 +166,8 @@ def ask_teacher(arguments) -> None:
         pending, failed = job.pending(), Counter()
         try:
             if pending:
-                chat = Chat(arguments.model, arguments.base_url, arguments.timeout)
+                chat = Chat(arguments.model, arguments.base_url, arguments.timeout,
+                            arguments.max_reply_tokens)
                 failed = job.run(chat, arguments.workers, arguments.max_tokens, arguments.price)
         finally:  # paid answers are written, however the run ends
             written = write_answers(job, out)
@@ -174,11 +184,15 @@ def read_images(arguments) -> list[AnnotatedImage]:
     if arguments.kind != "conversation" and not arguments.instances:
         raise InputError(f"--kind {arguments.kind} needs --instances, COCO's boxes")
     images, left_out = read_coco(arguments.captions, arguments.instances)
-    for reason, count in left_out.items():
-        print0(f"left out: {count} {reason}")
+    print_left_out(left_out)
     if not images:
         raise InputError(f"{arguments.captions} has no image with a caption")
     return images[: arguments.limit]
+
+
+def print_left_out(left_out: Counter) -> None:
+    for reason, count in left_out.items():
+        print0(f"left out: {count} {reason}")
 
 
 def write_answers(job: Job, out: Path) -> bool:
@@ -211,7 +225,7 @@ def print_plan(job: Job, prices: tuple[float, float]) -> None:
 def add_captions_arguments(add) -> None:
     add("--captions", type=Path, required=True, help="COCO's captions_*.json, a .json or .jsonl of "
         "{image, caption}, or lines of image TAB caption")
-    add("--out", type=Path, required=True, help="LLaVA JSON to write")
+    add("--out", type=out_file, required=True, help="LLaVA JSON to write")
     add("--balance", action="store_true",
         help="thin out frequent subjects with the filter that made CC595K of CC3M")
     add("--seed", type=seed, default=0,
@@ -220,8 +234,9 @@ def add_captions_arguments(add) -> None:
 
 def convert_captions(arguments) -> None:
     """Turn images with captions into data for stage 1."""
-    count, kept = write_pretrain(
+    count, kept, left_out = write_pretrain(
         arguments.captions, arguments.out, arguments.seed, arguments.balance)
+    print_left_out(left_out)
     print(arguments.out)
     print0(f"{kept} of {count} captions")
 
@@ -232,7 +247,7 @@ def add_scienceqa_arguments(add) -> None:
     add("--split", choices=scienceqa.SPLITS, default="train", help="(default: %(default)s)")
     add("--order", choices=scienceqa.ORDERS, default="reason-first",
         help="lecture and solution before or after the letter (default: %(default)s)")
-    add("--out", type=Path, required=True, help="LLaVA JSON to write")
+    add("--out", type=out_file, required=True, help="LLaVA JSON to write")
 
 
 def convert_scienceqa(arguments) -> None:
@@ -261,7 +276,7 @@ def print_stats(arguments) -> None:
 def add_weights_arguments(add) -> None:
     add("repository", metavar="OWNER/NAME", help="as on huggingface.co; HF_TOKEN opens gated ones")
     add("--revision", default="main", help="branch, tag or commit (default: %(default)s)")
-    add("--out", type=Path, help="folder to write (default: NAME)")
+    add("--out", type=out_folder, help="folder to write (default: NAME)")
 
 
 def download_weights(arguments) -> None:

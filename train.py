@@ -14,17 +14,19 @@ A "toy" is an LLM with a hidden size below 512; its defaults differ.
 """
 
 import contextlib
+import hashlib
 import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from nanollava.conversation import TEMPLATES
-from nanollava.infra.cli import Parser, check_flags, one_line_errors, percent_table, positive, seed
-from nanollava.infra.io import InputError
+from nanollava.infra.cli import (Parser, check_flags, in_range, one_line_errors, out_folder,
+                                 percent_table, positive, seed, start)
+from nanollava.infra.io import InputError, hash_file, locked_folder
 from nanollava.infra.progress import print0
-from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_out,
-                                choose_defaults, resolve_settings)
+from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_max_length,
+                                check_out, choose_defaults, resolve_settings)
 
 
 def parse_arguments():
@@ -38,8 +40,7 @@ def parse_arguments():
     if arguments.stage == 2 and not (arguments.model or arguments.vision_tower or arguments.llm):
         arguments.model = TOY_RUN / "stage1"
         arguments.settings.add(f"--model {arguments.model}")  # for check_flags
-    with one_line_errors():
-        check_flags(arguments, NEEDS, CONFLICTS)
+    check_flags(arguments, NEEDS, CONFLICTS)
     return arguments
 
 
@@ -56,7 +57,7 @@ def add_model_flags(add) -> None:
     add("--feature-layer", type=int, choices=(-1, -2), default=-2,
         help="of a new LLaVA: the ViT block to read, counted from the end (default: -2)")
     add("--template", choices=TEMPLATES, help="of prompts (default: the model's, or vicuna_v1)")
-    add("--lora-rank", type=positive(int),
+    add("--lora-rank", type=in_range(1, 4096),
         help="stage 2: train LoRA matrices instead of the LLM's own weights (128 is usual)")
 
 
@@ -68,22 +69,22 @@ def add_data_flags(add) -> None:
     add("--eval-data", type=Path, metavar="FILE", help="LLaVA JSON for validation: the loss is "
         "logged at every checkpoint, and the best model kept in OUT/best")
     add("--eval-images", type=Path, metavar="FOLDER", help="(default: the first of --images)")
-    add("--max-length", type=positive(int), default=2048,
+    add("--max-length", type=positive, default=2048,
         help="tokens of a row; the rest is cut off (default: 2048)")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be trained on")
-    add("--workers", type=int, choices=range(65), metavar="N",
+    add("--workers", type=in_range(0, 64), metavar="N",
         help="processes that read images (default: 8, on a CPU 0)")
 
 
 def add_training_flags(add) -> None:
-    add("--epochs", type=positive(float), help="passes over the data, may be a fraction "
+    add("--epochs", type=in_range(1e-6, 1000.0), help="passes over the data, may be a fraction "
         "(default: 1 in stage 1, 3 in stage 2; 0.4 and 0.5 of the toy world)")
-    add("--max-steps", type=positive(int), metavar="N", help="stop after N steps: a smoke test")
-    add("--batch-size", type=positive(int),
+    add("--max-steps", type=positive, metavar="N", help="stop after N steps: a smoke test")
+    add("--batch-size", type=in_range(1, 65_536),
         help="rows of a step, on all ranks together (default: 128 and 32; toy: 8 and 16)")
-    add("--micro-batch-size", type=positive(int),
+    add("--micro-batch-size", type=in_range(1, 65_536),
         help="rows that a rank computes at a time (default: its share of a batch)")
-    add("--lr", type=positive(float), help="peak learning rate (default: 2e-3 and 2e-5; "
+    add("--lr", type=in_range(1e-12, 100.0), help="peak learning rate (default: 2e-3 and 2e-5; "
         "toy: 4e-3 and 4e-4; with --lora-rank 2e-4)")
     add("--seed", type=seed, default=0,
         help="of a new toy world, a new projector, the order of the data (default: 0)")
@@ -96,17 +97,20 @@ def add_training_flags(add) -> None:
 
 
 def add_run_flags(add) -> None:
-    add("--out", type=Path, help="folder (default: runs/toy/stage…, without --stage runs/toy)")
-    add("--save-every", type=positive(int), metavar="N",
+    add("--out", type=out_folder,
+        help="folder (default: runs/toy/stage…, without --stage runs/toy)")
+    add("--save-every", type=positive, metavar="N",
         help="steps from one checkpoint to the next (default: 500; toy: 250)")
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--plan", choices=("7b", "13b"),
         help="only print what the paper's model of this size needs: memory, operations, hours")
-    add("--gpus", type=positive(int), default=8, help="of the --plan (default: 8)")
+    add("--gpus", type=in_range(1, 65_536), default=8, help="of the --plan (default: 8)")
 
 
-if __name__ == "__main__":
-    arguments = parse_arguments()  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    start()
+    with one_line_errors():
+        arguments = parse_arguments()
 
 import torch
 
@@ -118,7 +122,7 @@ from nanollava.infra.resume import Checkpoints
 from nanollava.infra.run_log import Run, read_log
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
-from nanollava.tokenizer import Tokenizer
+from nanollava.tokenizer import Tokenizer, open_tokenizer
 from nanollava.toy.dataset import write_world
 from nanollava.toy.score import evaluate_run
 from nanollava.toy.stage0 import evaluate_parts, train_parts
@@ -167,12 +171,14 @@ def make_toy_parts(arguments, device: str) -> None:
         raise InputError("--stage 0 runs in one process: start it with `python train.py --stage 0`")
     folder = arguments.out or TOY_RUN / "stage0"
     check_out(folder, resume=True)
-    train_parts(folder, arguments.seed, device, arguments.small_llm)
+    with locked_folder(folder):
+        train_parts(folder, arguments.seed, device, arguments.small_llm)
     print(percent_table(evaluate_parts(folder, device)))
 
 
 def print_plan(arguments) -> None:
     """What the paper's stages need."""
+    check_max_length(arguments.max_length, SIZES[arguments.plan].tokens_per_image)
     for stage in [arguments.stage] if arguments.stage else [1, 2]:
         chosen = choose_defaults(arguments, stage, False, arguments.gpus)
         print(f"stage {stage}, {arguments.plan}")
@@ -184,9 +190,18 @@ def print_plan(arguments) -> None:
 def train_stage(settings: Settings) -> None:
     """Stage 1 or 2: from a LLaVA, or a CLIP and a LLaMA, to a LLaVA in settings.out."""
     out = settings.out
-    if settings.resume and (out / "config.json").is_file():
-        distributed.on_rank0(remove_leftovers, out)
-        return print0(f"{out} is finished")
+    with contextlib.ExitStack() as stack:
+        distributed.on_rank0(stack.enter_context, locked_folder(out))
+        if settings.resume and (out / "config.json").is_file():
+            distributed.on_rank0(remove_leftovers, out)
+            print0(f"{out} is finished")
+        else:
+            make_model(settings)
+
+
+def make_model(settings: Settings) -> None:
+    """Open the model and the data, train, and write the result to settings.out."""
+    out = settings.out
     torch.manual_seed(settings.seed)  # for a new projector and LoRA's matrices
 
     # 1. the model (still memory-mapped on the CPU) and the data
@@ -234,7 +249,7 @@ def open_model(settings: Settings) -> tuple[Llava, Tokenizer]:
     elif settings.stage == 2 and model.config.template == "plain":  # it is for captions only
         model.config.template = "vicuna_v1"
     model.config.stage = settings.stage
-    return model, Tokenizer(settings.model or settings.llm)
+    return model, open_tokenizer(settings.model or settings.llm, model.config)
 
 
 def open_data(sources: list, tokenizer: Tokenizer, model: Llava, settings: Settings):
@@ -242,6 +257,7 @@ def open_data(sources: list, tokenizer: Tokenizer, model: Llava, settings: Setti
     if not sources:
         return None
     max_length = min(settings.max_length, model.config.text.max_position_embeddings)
+    check_max_length(max_length, model.config.tokens_per_image)
     dataset = Conversations(sources, tokenizer, model.config, max_length, settings.skip_bad)
     if dataset.skipped:
         print0(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out: they are "
@@ -271,10 +287,11 @@ def run_identity(settings: Settings, model: Llava, dataset: Conversations, num_s
     """What a run must share with its checkpoints, or the result would not be bit-identical."""
     start = [settings.model] if settings.model else [settings.vision_tower, settings.llm]
     weights = " ".join(map(safetensors_io.fingerprint, start))
+    tokenizer = hash_file(hashlib.sha256(), dataset.tokenizer.path).hexdigest()[:12]
     return dict(
-        stage=settings.stage, starting_weights=weights, data=dataset.digest, rows=len(dataset),
-        num_steps=num_steps, batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed,
-        lora_rank=settings.lora_rank, template=model.config.template,
+        stage=settings.stage, starting_weights=weights, tokenizer=tokenizer, data=dataset.digest,
+        rows=len(dataset), num_steps=num_steps, batch_size=settings.batch_size, lr=settings.lr,
+        seed=settings.seed, lora_rank=settings.lora_rank, template=model.config.template,
         max_length=dataset.max_length, feature_layer=model.config.feature_layer,
         dtype=str(best_dtype(settings.device, settings.dtype)))
 

@@ -8,16 +8,20 @@
     python -m nanollava.evaluate report --model runs/stage2 --data test.json --images val2017
 """
 
+from .infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors, out_file,
+                        out_folder, percent_table, positive, start)
+
+if __name__ == "__main__":
+    start()  # before the imports that take long
+
 import os
-import signal
 from itertools import islice
 from pathlib import Path
 
 from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
-from .infra.cli import (Parser, add_command, check_flags, one_line_errors, percent_table,
-                        positive)
-from .infra.io import InputError, path_inside, read_json, read_json_list, read_jsonl, write_json
+from .infra.io import (InputError, check_writable, locked_folder, path_inside, read_json,
+                       read_json_list, read_jsonl, write_json)
 from .infra.progress import print0, progress
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
@@ -26,7 +30,8 @@ from .teacher.ledger import Ledger
 # Modules that import torch are imported inside the commands, so that --help answers without delay.
 
 MODEL_FLAGS = dict.fromkeys(("--batch-size", "--dtype", "--device"), ("--model",))
-CHAT_FLAGS = dict.fromkeys(("--gpt", "--base-url", "--workers"), ("--ensemble",))
+CHAT_FLAGS = dict.fromkeys(("--gpt", "--base-url", "--workers", "--max-reply-tokens"),
+                           ("--ensemble",))
 # By command, the flags that would be silently ignored: `check_flags` refuses them.
 NEEDS = {"scienceqa": MODEL_FLAGS | CHAT_FLAGS, "bench": MODEL_FLAGS | {"--images": ("--model",)}}
 CONFLICTS = {"toy": {("--run", "--model"): "--model is evaluated without the controls of a run"}}
@@ -58,8 +63,8 @@ def add_toy_arguments(add) -> None:
     add("--model", type=Path, help="evaluate this model alone, without the controls")
     add("--data", type=Path, default=Path("data/toy"),
         help="folder of `prepare_data.py toy` (default: %(default)s)")
-    add("--limit", type=positive(int), help="ask only the first N questions")
-    add("--out", type=Path, help="also write the table to this file, as JSON")
+    add("--limit", type=positive, help="ask only the first N questions")
+    add("--out", type=out_file, help="also write the table to this file, as JSON")
     add_device(add)
 
 
@@ -67,48 +72,48 @@ def evaluate_toy(arguments) -> tuple[str, dict]:
     """Accuracy on the toy world's test questions, with two controls."""
     from .infra.device import best_device
     from .llava import Llava
-    from .tokenizer import Tokenizer
-    from .toy.score import accuracy, answer_rows, evaluate_run
+    from .tokenizer import open_tokenizer
+    from .toy.score import accuracy, answer_rows, evaluate_run, read_test
 
     device = best_device(arguments.device)
     if arguments.model:
-        rows = read_json(arguments.data / "test.json")[: arguments.limit]
+        rows = read_test(arguments.data)[: arguments.limit]
         model = Llava.from_pretrained(arguments.model, device=device)
-        predictions = answer_rows(model, Tokenizer(arguments.model), rows,
+        predictions = answer_rows(model, open_tokenizer(arguments.model, model.config), rows,
                                   arguments.data / "images", "answers")
         columns = {"model": accuracy(rows, predictions)}
     else:
+        check_writable(arguments.run / "report.html")
         columns = evaluate_run(arguments.run, arguments.data, device, arguments.limit)
     return percent_table(columns), columns
 
 
 def add_ablation_arguments(add) -> None:
-    add("--run", type=Path, default=Path("runs/ablations"),
+    add("--run", type=out_folder, default=Path("runs/ablations"),
         help="folder for data and models; finished ones are kept (default: %(default)s)")
-    add("--seeds", type=positive(int), default=3,
+    add("--seeds", type=in_range(1, 1000), default=3,
         help="how many times to train each model (default: %(default)s)")
-    add("--steps", type=positive(int), default=400,
+    add("--steps", type=in_range(1, 1_000_000), default=400,
         help="training steps of each stage (default: %(default)s)")
-    add("--jobs", type=positive(int), default=min(8, os.cpu_count()),
+    add("--jobs", type=in_range(1, 256), default=min(8, os.cpu_count()),
         help="processes to run at the same time (default: one per CPU, at most 8)")
-    add("--out", type=Path, help="also write all results to this file, as JSON")
+    add("--out", type=out_file, help="also write all results to this file, as JSON")
 
 
 def evaluate_ablations(arguments) -> tuple[str, dict]:
     """The paper's ablations, tables 4 and 8, on the toy world."""
     from .toy import ablations
 
-    # SIGTERM then ends this process as Ctrl-C does, and with it the processes it started
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = arguments.run.resolve()
     steps_file = root / "steps.json"
-    if steps_file.exists() and read_json(steps_file) != arguments.steps:
-        raise InputError(f"{root} has runs of {read_json(steps_file)} steps: repeat that --steps "
-                         "or choose another --run")
-    write_json(steps_file, arguments.steps)
-    ablations.write_data(root)
-    tasks = ablations.list_tasks(root, arguments.seeds, arguments.steps)
-    ablations.run_tasks(tasks, arguments.jobs)
+    with locked_folder(root):
+        if steps_file.exists() and read_json(steps_file) != arguments.steps:
+            raise InputError(f"{root} has runs of {read_json(steps_file)} steps: repeat that "
+                             "--steps or choose another --run")
+        write_json(steps_file, arguments.steps)
+        ablations.write_data(root)
+        tasks = ablations.list_tasks(root, arguments.seeds, arguments.steps)
+        ablations.run_tasks(tasks, arguments.jobs)
     results = ablations.read_results(root, arguments.seeds)
     return ablations.format_results(results), results
 
@@ -119,7 +124,7 @@ def add_report_arguments(add) -> None:
     add("--data", type=Path, required=True,
         help="LLaVA JSON; the first question of each row is asked")
     add("--images", type=Path, required=True, help="folder of the images")
-    add("--limit", type=positive(int), default=24, help="number of rows (default: %(default)s)")
+    add("--limit", type=positive, default=24, help="number of rows (default: %(default)s)")
     add_dtype(add)
     add_device(add)
 
@@ -132,6 +137,8 @@ def evaluate_report(arguments) -> tuple[str, None]:
     from .image import open_image, preprocess
     from .infra.run_log import read_log
 
+    path = arguments.model / "report.html"
+    check_writable(path)
     model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
     cards = []
     rows = list(islice(read_json_list(arguments.data), arguments.limit))
@@ -146,7 +153,6 @@ def evaluate_report(arguments) -> tuple[str, None]:
         images = [preprocess(open_image(path), model.config.image_size) for path in paths]
         reply = "".join(stream_reply(model, tokenizer, turns[:1], images))
         cards.append((paths[0] if paths else None, [Exchange(question, reply, answer)]))
-    path = arguments.model / "report.html"
     curves = {"Training": read_log(arguments.model / "log.jsonl")}
     write_report(path, str(arguments.model), curves, cards=cards)
     return str(path), None
@@ -156,8 +162,8 @@ def add_scienceqa_arguments(add) -> None:
     add("--data", type=Path, required=True,
         help="folder with problems.json, pid_splits.json and test/ID/image.png")
     add("--split", choices=scienceqa.SPLITS, default="test", help="(default: %(default)s)")
-    add("--out", type=Path, help="also write the result to this file, as JSON")
-    add("--ensemble", type=Path, metavar="FOLDER",
+    add("--out", type=out_file, help="also write the result to this file, as JSON")
+    add("--ensemble", type=out_folder, metavar="FOLDER",
         help="also ask GPT-4 and combine its answers with LLaVA's; FOLDER keeps all its replies")
     add_chat(add)
     add_answers(add, "scienceqa-SPLIT.jsonl")
@@ -202,7 +208,7 @@ def add_bench_arguments(add) -> None:
         help="JSONL of question_id and text: GPT-4's own replies")
     add("--context", type=Path, required=True,
         help="JSONL of image and caption, or captions and instances")
-    add("--out", type=Path, required=True,
+    add("--out", type=out_file, required=True,
         help="JSON to write; OUT.ledger.jsonl next to it keeps every grade")
     add("--both-orders", action="store_true",
         help="grade each reply twice, once as the first and once as the second")
@@ -215,7 +221,7 @@ def evaluate_bench(arguments) -> tuple[str, dict]:
     """LLaVA-Bench, table 4: GPT-4 grades replies relative to its own."""
     if arguments.model and not arguments.images:
         raise InputError("--model needs --images, the folder of the images")
-    rows = read_jsonl(arguments.questions, ("question_id", "image", "text", "category"))
+    rows = list(read_jsonl(arguments.questions, llava_bench.QUESTION))
     folder = arguments.images or Path()
     questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}",
                                            [Path(path_inside(folder, row["image"]))])
@@ -252,7 +258,7 @@ def add_answers(add, default: str) -> None:
     add("--answers", type=Path,
         help="JSONL of question_id and text to read; with --model, missing answers are added to it "
              f"(default with --model: MODEL/{default})")
-    add("--batch-size", type=positive(int), default=16,
+    add("--batch-size", type=in_range(1, 65_536), default=16,
         help="questions per batch (default: %(default)s)")
     add_dtype(add)
     add_device(add)
@@ -264,26 +270,33 @@ def add_chat(add) -> None:
         help="language model to ask (default: %(default)s)")
     add("--base-url", default=OPENAI,
         help="any server with /chat/completions (default: OpenAI's)")
-    add("--workers", type=positive(int), default=8,
+    add("--workers", type=in_range(1, 1024), default=8,
         help="requests in flight at the same time (default: %(default)s)")
+    add("--max-reply-tokens", type=positive, default=2048, metavar="N",
+        help="longest reply of the language model (default: %(default)s)")
 
 
 def collect_answers(arguments, questions: dict, default: str) -> dict[str, str]:
     """The replies in --answers by question id; with --model, missing ones are made and added."""
     from .benchmarks.answers import answer_all, read_answers
     from .chat import open_llava
+    from .weights.safetensors_io import fingerprint
 
     if not arguments.model:
-        return read_answers(arguments.answers)
-    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
+        return read_answers(arguments.answers, questions)
     path = arguments.answers or arguments.model / default
-    return answer_all(model, tokenizer, questions, path, arguments.batch_size)
+    check_writable(path)
+    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
+    return answer_all(model, tokenizer, questions, path, arguments.batch_size,
+                      fingerprint(arguments.model))
 
 
 def ask_all(job: Job, arguments) -> dict:
     """Ask for the replies that the ledger lacks, and return the good ones by item id."""
     if job.pending():
-        job.run(Chat(arguments.gpt, arguments.base_url), arguments.workers)
+        chat = Chat(arguments.gpt, arguments.base_url,
+                    max_reply_tokens=arguments.max_reply_tokens)
+        job.run(chat, arguments.workers)
     results, _, _ = job.result()
     return {job.item_id(item): result for item, result in zip(job.items, results)
             if result is not None}

@@ -23,17 +23,27 @@ weigh.
 
 The first line of your answer is the two scores alone, that of assistant 1 and that of assistant \
 2, with a space between them. Then give your reasons."""
-NUMBER = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"  # "8", "8.5", "8/10"
-TWO_SCORES = re.compile(rf"\W*{NUMBER}[\s,;]+{NUMBER}\W*")
+NUMBER = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?"  # "8", "8.5", "8/10"
+QUESTION = {"question_id": int | str, "image": str, "text": str, "category": str}
+REFERENCE = {"question_id": int | str, "text": str}
+CONTEXT = {"image?": int | str, "id?": int | str, "caption?": str, "captions?": [str],
+           "instances?": [{"category": str, "bbox": [float]}]}
+MARKUP = re.compile(r"[*_`$#{}\[\]()]|\\[a-z]+(?={)")  # Markdown and LaTeX
+LABEL = r"(?:(?:the|final|overall|my) )*(?:scores?|ratings?|grades?)\b[^\w\n]*(?:are[^\w\n]*)?"
+NAMED = r"assistant\s*{}\b[^\n\d]{{0,20}}?[:=]\s*"
+TWO_SCORES = re.compile(  # on a line of their own, or each with the name of its assistant
+    rf"^[^\w\n]*(?:{LABEL})?{NUMBER}(?:[\s,;|&]+|\s+and\s+){NUMBER}[^\w\n]*$"
+    rf"|{NAMED.format(1)}{NUMBER}\D{{0,300}}?{NAMED.format(2)}{NUMBER}",
+    re.IGNORECASE | re.MULTILINE)
 
 
 def image_context(row: dict) -> str:
     """An image as text: its `caption`, or COCO's `captions` and `instances` (name and box)."""
-    if "caption" in row:
+    if row.get("caption") is not None:
         return row["caption"]
     boxes = [f"{box['category']}: {[round(number, 3) for number in box['bbox']]}"
-             for box in row.get("instances", [])]
-    return "\n".join([*row["captions"], *boxes])
+             for box in row.get("instances") or []]
+    return "\n".join([*(row.get("captions") or []), *boxes])
 
 
 def build_items(rows: list[dict], reference: Path, context: Path,
@@ -44,19 +54,20 @@ def build_items(rows: list[dict], reference: Path, context: Path,
     answers: LLaVA's replies by question id.
     Raises InputError for a question without reference, context or answer.
     """
-    contexts = {str(row.get("image", row.get("id"))): row for row in read_jsonl(context)}
+    contexts = {str(row.get("image", row.get("id"))): image_context(row)
+                for row in read_jsonl(context, CONTEXT)}
     references = {str(row["question_id"]): row["text"]
-                  for row in read_jsonl(reference, ("question_id", "text"))}
+                  for row in read_jsonl(reference, REFERENCE)}
     items = []
     for row in rows:
         question_id, image = str(row["question_id"]), str(row["image"])
         for source, is_present in ((reference, question_id in references),
-                                   (context, image in contexts),
+                                   (context, contexts.get(image)),
                                    ("the answers", question_id in answers)):
             if not is_present:
                 raise InputError(f"question {question_id} (image {image}) has no line in {source}")
         items.append({"id": question_id, "category": row["category"], "question": row["text"],
-                      "context": image_context(contexts[image]),
+                      "context": contexts[image],
                       "reference": references[question_id], "answer": answers[question_id]})
     return items
 
@@ -75,14 +86,18 @@ def judge_messages(item: dict, ours_first: bool) -> list[dict]:
 def parse_grade(reply: str, ours_first: bool) -> dict:
     """{"ours": score, "reference": score, "reasons": text} of a judge's reply.
 
-    Raises ValueError if the first line is not two scores from 1 to 10.
+    The two scores are in the first line or else, as some models give their reasons first, where
+    the reply last names two. Raises ValueError if there are not two scores from 1 to 10.
     """
-    first_line, _, reasons = reply.strip().partition("\n")
-    match = TWO_SCORES.fullmatch(first_line)
-    scores = [float(score) for score in match.groups()] if match else []
+    reply = reply.strip()
+    plain = MARKUP.sub(lambda markup: " " * len(markup[0]), reply)
+    matches = list(TWO_SCORES.finditer(plain))
+    match = matches[-1 if matches[0].start() else 0] if matches else None
+    scores = [float(score) for score in match.groups() if score] if match else []
     if not scores or not all(1 <= score <= 10 for score in scores):
-        raise ValueError("the first line is not two scores from 1 to 10")
+        raise ValueError("the reply does not name two scores from 1 to 10")
     ours, reference = scores if ours_first else reversed(scores)
+    reasons = f"{reply[:match.start()].strip()}\n{reply[match.end() :].strip()}"
     return {"ours": ours, "reference": reference, "reasons": reasons.strip()}
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..conversation import IMAGE_TOKEN
-from ..infra.io import InputError, path_inside, read_json
+from ..infra.io import InputError, check_shape, path_inside, quote, read_json
 from ..teacher.jobs import Job
 from ..teacher.ledger import Ledger
 
@@ -27,8 +27,8 @@ CATEGORIES = {  # the columns of the paper's tables
     "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
     "AVG": lambda problem: True,
 }
-FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "subject": str,
-          "grade": str, "lecture": str, "solution": str}
+PROBLEM = {"question": str, "choices": [str], "answer": range(len(LETTERS)), "hint": str,
+           "image?": str, "subject": str, "grade": str, "lecture": str, "solution": str}
 
 
 def read_problems(folder: Path, split: str) -> dict[str, dict]:
@@ -36,30 +36,20 @@ def read_problems(folder: Path, split: str) -> dict[str, dict]:
 
     Raises InputError that names the missing file, split or field.
     """
-    all_problems = read_json(folder / "problems.json")
-    splits = read_json(folder / "pid_splits.json")
-    if not isinstance(all_problems, dict):
-        raise InputError(f"{folder / 'problems.json'} is not a JSON object of problems by id")
-    if not isinstance(splits, dict) or not splits.get(split):
-        raise InputError(f"{folder / 'pid_splits.json'} has no split {split!r}")
+    path = folder / "problems.json"
+    all_problems = read_json(path, dict)
     problems = {}
-    for problem_id in map(str, splits[split]):
-        name = f"{folder / 'problems.json'}, problem {problem_id} of {split}"
-        problems[problem_id] = check_problem(all_problems.get(problem_id), name)
+    for problem_id in read_json(folder / "pid_splits.json", {split: [int | str]})[split]:
+        where = f"{path}, problem {quote(problem_id)} of {split}"
+        problem = all_problems.get(str(problem_id))
+        check_shape(problem, PROBLEM, where)
+        if not problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+            raise InputError(f"{where}: answer {problem['answer']} is not one of its "
+                             f"{len(problem['choices'])} choices (at most {len(LETTERS)})")
+        problems[str(problem_id)] = problem
+    if not problems:
+        raise InputError(f"{folder / 'pid_splits.json'}: split {split} is empty")
     return problems
-
-
-def check_problem(problem, name: str) -> dict:
-    """The problem itself. Raises InputError, which begins with `name`, if it is not usable."""
-    if not isinstance(problem, dict):
-        raise InputError(f"{name} is missing")
-    bad = [key for key, kind in FIELDS.items() if not isinstance(problem.get(key), kind)]
-    if bad:
-        raise InputError(f"{name} lacks {', '.join(bad)}")
-    if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-        raise InputError(f"{name}: answer {problem['answer']} is not one of its "
-                         f"{len(problem['choices'])} choices (at most {len(LETTERS)})")
-    return problem
 
 
 def format_question(problem: dict) -> str:
@@ -106,18 +96,42 @@ def questions_with_images(problems: dict[str, dict],
     return questions
 
 
-def parse_choice(reply: str, problem: dict) -> int | None:
-    """The index of the problem's option that a reply names.
+# How models name an option. A lower-case letter, and A and I, which are words, must be followed by
+# the end of a line, punctuation or a reason.
+_END = r"(?=\s*(?:[(),;:!?]|\.(?!\w)|\n|$|[-=\u2013\u2014]\s|because\b|since\b|as\b))"
+_LETTER = (rf"\b([B-HJ](?![\w'-]|\.\w\.)|[A-Ja-j]{_END})"
+           r"(?!\)?\s*(?:(?:and|or|nor)\s+\(?[A-J]\b|(?:is|are|was|can|cannot|does|has|isn't)\b))")
+_FILLER = (r"(?:[\s:=,()-]|\b(?i:is|are|was|would|should|must|be|to|this|the|question|option|choice|"
+           r"letter|answer|correct|right|best|final|therefore|thus|clearly|most|likely|probably)\b)*")
+_IS_CORRECT = (r"[^\w\n]*(?:\([^)\n]*\)\s*)?(?:is|looks|seems)\s(?:the\s|clearly\s|most\s|likely\s|"
+               r"my\s)*(?:correct|right|best|true|answer)\b")
+MENTIONS = [re.compile(pattern, re.MULTILINE) for pattern in (  # the clearest first
+    # "the answer is (B)", "Answer: B", "B is correct", "(B) is the best answer"
+    rf"\b(?i:answer|ans)\b{_FILLER}{_LETTER}|\b([A-J])\b{_IS_CORRECT}",
+    r"^[^\w\n]*([A-Ja-j])[^\w\n]*$",  # a letter on a line of its own
+    rf"\A\W*([A-Ja-j]){_END}",  # "B, because ...", "(B) a comet"
+    # "I choose option B", "Correct: B", "Therefore (B)."
+    r"\b(?i:choice|option|letter|choose|pick|select|go with|would say|think|conclusion|correct|it is|"
+    rf"it's|therefore|thus|hence|so)\b{_FILLER}{_LETTER}",
+)]
+BRACKETS = str.maketrans("[]<>\u3010\u3011", "()()()")
+MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\b|\\[()]|[*_`$#{}\"\u201c\u201d]"
+                    r"|'(?=[A-J]')|(?<='[A-J])'")
 
-    "The answer is B." counts anywhere in the reply; so does a reply that begins with a letter
-    alone: "B", "(B)", "B. A comet". None if the reply names no option, several, or one that the
-    problem does not have.
+
+def parse_choice(reply: str, problem: dict) -> int | None:
+    """The index of the problem's option that a reply names; the last clear mention counts.
+
+    None if the reply names no option by its letter, or one that the problem does not have.
     """
-    reply = reply.strip()
-    letters = (re.findall(r"(?i:answer is):? *\(?([A-J])\b", reply)
-               or re.findall(r"^\(?([A-J])(?:[).:]|$)", reply))
-    options = {LETTERS.index(letter) for letter in letters}
-    return options.pop() if len(options) == 1 and max(options) < len(problem["choices"]) else None
+    reply = reply.replace(r"\boxed", " answer: ").translate(BRACKETS)
+    reply = MARKUP.sub("", reply).strip()
+    for pattern in MENTIONS:
+        letters = [next(filter(None, match.groups())) for match in pattern.finditer(reply)]
+        if letters:
+            option = LETTERS.index(letters[-1].upper())
+            return option if option < len(problem["choices"]) else None
+    return None
 
 
 def score(problems: dict[str, dict], answers: dict[str, str]) -> dict:

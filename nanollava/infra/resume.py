@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 
 from . import distributed
-from .io import InputError, read_json, write_json
+from .io import InputError, quote, read_json, write_json
 
 NAME = re.compile(r"step-\d+|\.step-\d+\.part")  # of a checkpoint, complete or not
 IO_ERRORS = (OSError, SafetensorError, CheckpointException)
@@ -108,14 +108,16 @@ class Checkpoints:
 
     def check_settings(self, path: Path) -> int:
         """The step of a checkpoint. Raises InputError if its settings are not those of this run."""
-        saved = read_json(path / "run.json")
-        if not isinstance(saved, dict) or "step" not in saved:
-            raise InputError(f"{path / 'run.json'} is damaged: choose another --out")
+        saved = read_json(path / "run.json", {"step": int})
+        if path.name != f"step-{saved['step']}":
+            raise InputError(f"{path / 'run.json'} is damaged, it has step {quote(saved['step'])}: "
+                             "choose another --out")
         for key, value in json.loads(json.dumps(self.settings)).items():
             if saved.get(key) != value:
                 raise InputError(
-                    f"{path} is of another run, with {key.replace('_', ' ')} {saved.get(key)}, not "
-                    f"{value}: resume with the settings it had, or choose another --out")
+                    f"{path} is of another run, with {key.replace('_', ' ')} "
+                    f"{quote(saved.get(key))}, not {quote(value)}: resume with the settings it "
+                    "had, or choose another --out")
         return saved["step"]
 
     def allocate_optimizer_state(self, reader: HuggingFaceStorageReader, path: Path) -> None:

@@ -35,6 +35,7 @@ class Run:
         self.rows = read_log(log_path, self.start) if log_path else []  # logged before this start
         self.best_val_loss = min((row["val_loss"] for row in self.rows if "val_loss" in row),
                                  default=math.inf)
+        self.elapsed_before = max((row.get("elapsed", 0.0) for row in self.rows), default=0.0)
         self.log_file, self.mean_loss, self.signals = None, None, []
         self.handlers = contextlib.ExitStack()
 
@@ -85,10 +86,9 @@ class Run:
             val_loss: float | None = None) -> None:
         """Append a row to the log and update the progress line. num_tokens: of all ranks."""
         now = time.monotonic()
-        elapsed_before = self.rows[-1].get("elapsed") or 0.0 if self.rows else 0.0  # of a run that was resumed
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                "tokens_per_second": round(num_tokens / (now - self.step_end)),
-               "elapsed": round(elapsed_before + now - self.start_time, 3),
+               "elapsed": round(self.elapsed_before + now - self.start_time, 3),
                "data_time": round(self.data_time, 4)}
         if val_loss is not None:
             row["val_loss"] = val_loss
@@ -122,4 +122,5 @@ def read_log(path: Path, end: float = math.inf) -> list[dict]:
     for any other line that is not a row.
     """
     rows = read_jsonl(path, ROW, growing=True) if path.exists() else []
+    rows = ({key: value for key, value in row.items() if value is not None} for row in rows)
     return [row for row in rows if row["step"] < end]

@@ -8,7 +8,7 @@ crowd out rare ones; `balance_captions` is that filter.
 import json
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..conversation import IMAGE_TOKEN
-from ..infra.io import InputError, atomic_write, read_json
+from ..infra.io import (InputError, atomic_write, check_shape, decode_utf8, quote, read_json,
+                        read_jsonl, read_lines)
 from ..infra.progress import progress
 from .coco import read_coco
 from .prompts import BRIEF, make_turns
@@ -72,48 +73,46 @@ def balance_captions(captions: Iterable[str], seed: int) -> list[int]:
     return sorted(kept)
 
 
-def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+def check_text(value) -> None:
+    if not isinstance(value, str) or not value.strip() or IMAGE_TOKEN in value:
+        raise ValueError(f"must be text without {IMAGE_TOKEN}, not {quote(value)}")
+
+
+PAIR = {"image": check_text, "caption": check_text}
+
+
+def read_pairs(path: Path, left_out: Counter | None = None) -> Iterator[tuple[str, str]]:
     """Yield (image file, caption) from a file in one of four formats.
 
     COCO's captions_*.json, a .json list or .jsonl lines of {"image": ..., "caption": ...}, or lines
     of image TAB caption. A .json file is read into memory, others line by line.
+    left_out: counts what a COCO file has besides, by reason.
     Raises InputError, naming the row, for anything else.
     """
-    if path.suffix == ".json":
-        content = read_json(path)
-        if isinstance(content, list):
-            for number, row in enumerate(content):
-                yield check_pair(f"{path}, row {number}", row)
-        else:
-            for image in read_coco(path)[0]:
-                yield from ((image.file, caption) for caption in image.captions)
-        return
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield check_pair(f"{path}, line {number}", parse_line(path, number, line))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if path.suffix == ".jsonl":
+        rows = read_jsonl(path, PAIR)
+    elif path.suffix != ".json":
+        rows = read_table(path)
+    elif isinstance(content := read_json(path), list):
+        check_shape(content, [PAIR], str(path))
+        rows = content
+    else:
+        images, reasons = read_coco(path)
+        rows = [{"image": image.file, "caption": caption}
+                for image in images for caption in image.captions]
+        check_shape(rows, [PAIR], str(path))
+        if left_out is not None:
+            left_out.update(reasons)
+    for row in rows:
+        yield row["image"], row["caption"].strip()
 
 
-def parse_line(path: Path, number: int, line: bytes):
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        if path.suffix == ".jsonl":
-            return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}, line {number}: {error}") from error
-    return dict(zip(("image", "caption"), text.rstrip("\r\n").split("\t")))
-
-
-def check_pair(where: str, row) -> tuple[str, str]:
-    image, caption = (row.get("image"), row.get("caption")) if isinstance(row, dict) else ("", "")
-    if not (isinstance(image, str) and isinstance(caption, str) and image and caption.strip()):
-        raise InputError(f"{where} must have an image and a caption")
-    if IMAGE_TOKEN in caption:
-        raise InputError(f"{where}: the caption contains {IMAGE_TOKEN}")
-    return image, caption.strip()
+def read_table(path: Path) -> Iterator[dict]:
+    for where, line in read_lines(path):
+        cells = decode_utf8(line, where).rstrip("\r\n").split("\t")
+        row = dict(zip(("image", "caption"), cells))
+        check_shape(row, PAIR, where)
+        yield row
 
 
 def pretrain_row(number: int, image: str, caption: str, seed: int) -> dict:
@@ -123,14 +122,18 @@ def pretrain_row(number: int, image: str, caption: str, seed: int) -> dict:
     return {"id": str(number), "image": image, "conversations": turns}
 
 
-def write_pretrain(source: Path, out: Path, seed: int, balance: bool) -> tuple[int, int]:
-    """Write the data of stage 1 from a file of pairs. Returns the number of pairs read and kept.
+def write_pretrain(source: Path, out: Path, seed: int,
+                   balance: bool) -> tuple[int, int, Counter]:
+    """Write the data of stage 1 from a file of pairs.
+
+    Returns the numbers of pairs read and kept, and what a COCO file has besides, by reason.
 
     The file is read once per step, so that millions of pairs never lie in memory together.
     """
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out} is the file of captions: choose another")
-    count = sum(1 for _ in read_pairs(source))
+    left_out = Counter()
+    count = sum(1 for _ in read_pairs(source, left_out))
     kept = range(count)
     if balance:
         pairs = progress(read_pairs(source), "counting phrases", "captions", count)
@@ -138,7 +141,8 @@ def write_pretrain(source: Path, out: Path, seed: int, balance: bool) -> tuple[i
     if not kept:
         raise InputError(f"{source}: the filter keeps no caption" if count
                          else f"{source} holds no captions")
-    with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(out) as temporary, open(
+            temporary, "w", encoding="utf-8", errors="replace") as file:
         pairs = progress(read_pairs(source), "writing", "captions", count)
         separator = "["
         for number, (image, caption) in enumerate(pairs):
@@ -147,4 +151,4 @@ def write_pretrain(source: Path, out: Path, seed: int, balance: bool) -> tuple[i
                 file.write(separator + json.dumps(row, ensure_ascii=False))
                 separator = ",\n"
         file.write("]\n")
-    return count, len(kept)
+    return count, len(kept), left_out

@@ -3,15 +3,18 @@
 COCO gives boxes in pixels; the teacher reads them as fractions of the image's width and height.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..infra.io import InputError, read_json
+from ..infra.io import InputError, quote, read_json
 
-TYPES = {"id": (int, str), "image_id": (int, str), "category_id": (int, str), "file_name": str,
-         "caption": str, "name": str, "bbox": list}
+ID = int | str
+SIZES = {"id": ID, "width?": float, "height?": float}
+CAPTIONS = {"images": [{"file_name": str, **SIZES}],
+            "annotations": [{"image_id": ID, "caption": str}]}
+INSTANCES = {"images?": [SIZES], "categories": [{"id": ID, "name": str}],
+             "annotations": [{"image_id": ID, "category_id": ID, "bbox": [float] * 4}]}
 
 
 @dataclass
@@ -31,18 +34,19 @@ def read_coco(captions: Path,
     have no boxes. Raises InputError, naming the row, if a file is not in COCO's format.
     """
     images, sizes, left_out = {}, {}, Counter()
-    content = read_json(captions)
-    for row in check_rows(captions, content, "images", ("id", "file_name")):
+    content = read_json(captions, CAPTIONS)
+    for row in content["images"]:
         if row["id"] in images:
             left_out["images with a repeated id"] += 1
             continue
         images[row["id"]] = AnnotatedImage(str(row["id"]), row["file_name"])
         sizes[row["id"]] = row.get("width"), row.get("height")
-    rows = check_rows(captions, content, "annotations", ("image_id", "caption"))
-    for _, row in usable_annotations(rows, images, left_out):
+    for _, row in listed_annotations(content, images, left_out):
         text = row["caption"].encode("utf-8", "replace").decode()  # an unpaired surrogate: "?"
         if text.strip():
             images[row["image_id"]].captions.append(" ".join(text.split()))
+        else:
+            left_out["empty captions"] += 1
     if instances:
         add_boxes(instances, captions, images, sizes, left_out)
     left_out["images without captions"] = sum(not image.captions for image in images.values())
@@ -55,68 +59,43 @@ def add_boxes(instances: Path, captions: Path, images: dict, sizes: dict,
 
     A crowd annotation is a box around many things; it is left out.
     """
-    content = read_json(instances)
-    categories = {row["id"]: row["name"]
-                  for row in check_rows(instances, content, "categories", ("id", "name"))}
+    content = read_json(instances, INSTANCES)
+    categories = {row["id"]: row["name"] for row in content["categories"]}
     for row in content.get("images") or []:
-        if isinstance(row, dict) and not all(sizes.get(row.get("id"), (1, 1))):
+        if not all(sizes.get(row["id"], (1, 1))):
             sizes[row["id"]] = row.get("width"), row.get("height")
-    rows = check_rows(instances, content, "annotations", ("image_id", "category_id", "bbox"))
-    for number, row in usable_annotations(rows, images, left_out):
+    for number, row in listed_annotations(content, images, left_out):
         if row.get("iscrowd"):
             left_out["crowd annotations"] += 1
             continue
-        where = f"{instances}, annotations row {number}"
         if row["category_id"] not in categories:
-            raise InputError(f"{where}: there is no category {row['category_id']}")
+            raise InputError(f"{instances}: annotations[{number}] has the category "
+                             f"{quote(row['category_id'])}, which is not listed")
         width, height = sizes[row["image_id"]]
-        if not width or not height:
-            raise InputError(f"{captions}: image {row['image_id']} has boxes, but no width "
+        if not (width and height and min(width, height) >= 1):
+            raise InputError(f"{captions}: image {quote(row['image_id'])} has boxes, but no width "
                              "and height")
-        try:
-            box = relative_box(row["bbox"], width, height)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: bbox {row['bbox']} is not four numbers, or {width} x "
-                             f"{height} is not the size of an image") from error
+        box = relative_box(row["bbox"], width, height)
         images[row["image_id"]].boxes.append((categories[row["category_id"]], box))
 
 
-def check_rows(path: Path, content, name: str, keys: tuple[str, ...]) -> list[dict]:
-    """The list called `name` in a COCO file. Raises InputError unless each row has all `keys`."""
-    rows = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise InputError(f"{path} is not a COCO file: it has no list of {name}")
-    for number, row in enumerate(rows):
-        where = f"{path}, {name} row {number}"
-        for key in keys:
-            if not isinstance(row, dict) or key not in row:
-                raise InputError(f"{where}: it has no '{key}'")
-            if not isinstance(row[key], TYPES[key]):
-                raise InputError(f"{where}: {key} {row[key]!r} is not valid")
-    return rows
+def listed_annotations(content: dict, images: dict, left_out: Counter):
+    """Yield (row number, annotation) for the images that are listed.
 
-
-def usable_annotations(rows: list[dict], images: dict, left_out: Counter):
-    """Yield (row number, annotation) of the listed images; annotations with a repeated id once."""
-    seen = set()
-    for number, row in enumerate(rows):
-        name = row.get("id") if isinstance(row.get("id"), (int, str)) else ("row", number)
-        if name in seen:
-            left_out["annotations with a repeated id"] += 1
-        elif row["image_id"] not in images:
-            left_out["annotations of images that are not listed"] += 1
-        else:
+    Ids of annotations do not matter: some exporters restart them for each image.
+    """
+    for number, row in enumerate(content["annotations"]):
+        if row["image_id"] in images:
             yield number, row
-        seen.add(name)
+        else:
+            left_out["annotations of images that are not listed"] += 1
 
 
 def relative_box(bbox, width: int, height: int) -> list[float]:
     """COCO's (left, top, width, height) in pixels to (left, top, right, bottom) from 0 to 1.
 
-    Rounded to three decimals. Raises TypeError or ValueError unless all are finite numbers.
+    Rounded to three decimals.
     """
     x, y, w, h = map(float, bbox)
     box = [x / width, y / height, (x + w) / width, (y + h) / height]
-    if not all(map(math.isfinite, box)):
-        raise ValueError
     return [round(min(max(value, 0.0), 1.0), 3) for value in box]

@@ -13,13 +13,23 @@ import torch
 from ..benchmarks.report import Exchange, write_report
 from ..chat import generate_replies
 from ..image import open_image, preprocess
-from ..infra.io import path_inside, read_json
+from ..infra.io import InputError, path_inside, read_json
 from ..infra.progress import Progress
 from ..infra.run_log import read_log
 from ..llava import Llava
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, open_tokenizer
 
 CARDS = 24  # images in a report
+TURN = {"value": str}
+TEST = [{"image": str, "type": str, "conversations": [TURN, TURN]}]
+
+
+def read_test(data: Path) -> list[dict]:
+    """The rows of test.json in a folder of the toy world. Raises InputError if it is not one."""
+    rows = read_json(data / "test.json", TEST)
+    if not rows:
+        raise InputError(f"{data / 'test.json'} has no rows")
+    return rows
 
 
 def is_correct(reply: str, answer: str) -> bool:
@@ -76,7 +86,7 @@ def evaluate_run(run: Path, data: Path, device: str = "cpu",
     Returns the accuracy in percent, {column: {question type: percent}}, and writes RUN/report.html.
     limit: ask only the first so many questions.
     """
-    rows = read_json(data / "test.json")
+    rows = read_test(data)
     files = sorted({row["image"] for row in rows})
     next_file = dict(zip(files, files[1:] + files[:1]))
     rows = rows[:limit]
@@ -86,7 +96,8 @@ def evaluate_run(run: Path, data: Path, device: str = "cpu",
         tests["stage1"] = {"after stage 1": rows}
     replies = {}
     for stage, rows_by_column in tests.items():
-        model, tokenizer = Llava.from_pretrained(run / stage, device=device), Tokenizer(run / stage)
+        model = Llava.from_pretrained(run / stage, device=device)
+        tokenizer = open_tokenizer(run / stage, model.config)
         for name, column_rows in rows_by_column.items():
             replies[name] = answer_rows(model, tokenizer, column_rows, data / "images", label=name)
     columns = {name: accuracy(rows, replies[name]) for name in replies}

@@ -9,7 +9,7 @@ What nanollava does not implement (another activation, scaled rotary angles, bia
 from pathlib import Path
 
 from ..conversation import TEMPLATES
-from ..infra.io import InputError, read_json
+from ..infra.io import InputError, quote, read_json, shape_error
 
 CLIP_DEFAULTS = dict(  # ViT-B/32
     image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -21,6 +21,18 @@ LLAMA_DEFAULTS = dict(  # LLaMA-7B
 LLAVA_VISION = dict(  # ViT-L/14-336, for a LLaVA whose config.json has no vision_config
     image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
     num_attention_heads=16)
+SIZE, EPS, THETA = range(1, 2**24), (1e-30, 1.0), (1.0, 1e12)  # what is possible at all
+CLIP_SHAPE = {f"{key}?": SIZE for key in CLIP_DEFAULTS} | {
+    "num_hidden_layers?": range(1, 1000), "layer_norm_eps?": EPS}
+ROPE_SHAPE = {"rope_theta?": THETA, "rope_type?": str, "type?": str}
+LLAMA_SHAPE = {f"{key}?": SIZE for key in LLAMA_DEFAULTS} | {
+    "num_hidden_layers?": range(1, 1000), "rms_norm_eps?": EPS, "rope_theta?": THETA,
+    "tie_word_embeddings?": bool, "rope_scaling?": ROPE_SHAPE, "rope_parameters?": ROPE_SHAPE}
+NANOLLAVA_SHAPE = {"vocab_size?": SIZE, "template?": str, "projector?": str, "stage?": range(3)}
+LLAVA_SHAPE = {
+    "vision_config?": CLIP_SHAPE, "text_config?": LLAMA_SHAPE, "nanollava?": NANOLLAVA_SHAPE,
+    "image_token_id?": SIZE, "image_token_index?": SIZE, "tie_word_embeddings?": bool,
+    "projector_hidden_act?": str, "vision_feature_layer?": int}
 PROJECTOR_OF_ACT = {"linear": "linear", "gelu": "mlp2x_gelu"}  # keys: projector_hidden_act
 ACT_OF_PROJECTOR = {projector: act for act, projector in PROJECTOR_OF_ACT.items()}
 
@@ -36,10 +48,8 @@ def read_config(folder: str | Path, parse):
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json")
-    raw = read_json(path)
+    raw = read_json(path, dict)
     try:
-        if not isinstance(raw, dict):
-            raise InputError("not a JSON object")
         if raw.get("quantization_config"):
             raise InputError("quantized weights are not supported")
         return parse(raw)
@@ -51,27 +61,22 @@ def read_config(folder: str | Path, parse):
 # Checks: a model that would compute something else must not open
 
 
-def section(raw: dict, key: str) -> dict:
-    """An object inside a config; {} if it is absent or null."""
-    value = raw.get(key) or {}
-    if not isinstance(value, dict):
-        raise InputError(f"{key} {value!r} is not a JSON object")
-    return value
+def check_fields(raw: dict, shape: dict) -> None:
+    if error := shape_error(raw, shape):
+        raise InputError(error)
 
 
-def number(raw: dict, key: str, default):
-    """A positive number in a config; `default` if it is absent or null."""
-    value = default if raw.get(key) is None else raw[key]
-    if value is not None and (type(value) not in (int, type(default)) or not value > 0):
-        raise InputError(f"{key} {value!r} is not supported, only a number above zero")
-    return value
+def with_defaults(raw: dict, defaults: dict) -> dict:
+    """The fields of a config; a field that is absent or null has its default."""
+    return {key: default if raw.get(key) is None else raw[key]
+            for key, default in defaults.items()}
 
 
 def check_supported(raw: dict, key: str, supported, default=None) -> None:
     value = raw.get(key, default)
     if value not in supported:
         names = " or ".join(map(repr, supported))
-        raise InputError(f"{key} {value!r} is not supported, only {names}")
+        raise InputError(f"{key} {quote(value)} is not supported, only {names}")
 
 
 def check_divisible(fields: dict, size: str, parts: str) -> None:
@@ -86,26 +91,35 @@ def check_divisible(fields: dict, size: str, parts: str) -> None:
 def vision_config(raw: dict) -> dict:
     """The fields of VisionConfig, from the config of a CLIP or of its vision tower alone."""
     if raw.get("model_type") == "clip":  # old files have vision_config_dict too, which wins
-        raw = section(raw, "vision_config") | section(raw, "vision_config_dict")
+        check_fields(raw, {"vision_config?": dict, "vision_config_dict?": dict})
+        raw = (raw.get("vision_config") or {}) | (raw.get("vision_config_dict") or {})
+    check_fields(raw, CLIP_SHAPE)
     check_supported(raw, "model_type", ("clip_vision_model",), "clip_vision_model")
     check_supported(raw, "hidden_act", ("quick_gelu",), "quick_gelu")
-    fields = {key: number(raw, key, default) for key, default in CLIP_DEFAULTS.items()}
+    fields = with_defaults(raw, CLIP_DEFAULTS)
     check_divisible(fields, "hidden_size", "num_attention_heads")
+    if fields["patch_size"] > fields["image_size"]:
+        raise InputError(f"patch_size {fields['patch_size']} is larger than image_size "
+                         f"{fields['image_size']}")
     return fields
 
 
 def text_config(raw: dict) -> dict:
     """The fields of LlamaConfig, from the config of a LLaMA."""
+    check_fields(raw, LLAMA_SHAPE)
     check_supported(raw, "model_type", ("llama",), "llama")
     check_supported(raw, "hidden_act", ("silu",), "silu")
     for key in ("attention_bias", "mlp_bias"):
         check_supported(raw, key, (False,), False)
-    rope = section(raw, "rope_scaling") or section(raw, "rope_parameters")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check_supported(rope, "rope_type", ("default",), rope.get("type", "default"))
     # transformers 4 keeps rope_theta at the top, transformers 5 in rope_parameters
-    fields = {key: number(raw | rope, key, default) for key, default in LLAMA_DEFAULTS.items()}
+    fields = with_defaults(raw | rope, LLAMA_DEFAULTS)
     check_divisible(fields, "hidden_size", "num_attention_heads")
     check_divisible(fields, "num_attention_heads", "num_key_value_heads")
+    head_dim = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+    if head_dim % 2:
+        raise InputError(f"head_dim {head_dim} is odd: rotary embeddings turn pairs of numbers")
     return fields | {"tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
 
 
@@ -117,16 +131,17 @@ def llava_config(raw: dict) -> dict:
     if "mm_vision_tower" in raw:
         raise InputError("the layout of the original LLaVA code is not supported, only that of the "
                          "llava-hf files")
+    check_fields(raw, LLAVA_SHAPE)
     check_supported(raw, "model_type", ("llava", "nanollava"))
     check_supported(raw, "multimodal_projector_bias", (True,), True)
     check_supported(raw, "vision_feature_select_strategy", ("default",), "default")
-    own = section(raw, "nanollava")
+    own = raw.get("nanollava") or {}
     check_supported(own, "template", TEMPLATES, "vicuna_v1")
-    vision = vision_config(section(raw, "vision_config") or LLAVA_VISION)
-    text = text_config(section(raw, "text_config"))
-    text["vocab_size"] = number(own, "vocab_size", text["vocab_size"])
+    vision = vision_config(raw.get("vision_config") or LLAVA_VISION)
+    text = text_config(raw.get("text_config") or {})
+    text["vocab_size"] = own.get("vocab_size") or text["vocab_size"]
     text["tie_word_embeddings"] |= bool(raw.get("tie_word_embeddings"))
-    image_token_id = number(raw, "image_token_id", number(raw, "image_token_index", 32000))
+    image_token_id = raw.get("image_token_id") or raw.get("image_token_index") or 32000
     return dict(
         vision=vision, text=text, projector=projector_name(raw),
         feature_layer=feature_layer(raw, vision["num_hidden_layers"]),
@@ -136,17 +151,15 @@ def llava_config(raw: dict) -> dict:
 
 def projector_name(raw: dict) -> str:
     if raw["model_type"] == "nanollava":
-        name = section(raw, "nanollava").get("projector")
-        if not isinstance(name, str):
-            raise InputError(f"projector {name!r} in the section nanollava is not a name")
-        return name
+        check_fields(raw, {"nanollava": {"projector": str}})
+        return raw["nanollava"]["projector"]
     check_supported(raw, "projector_hidden_act", PROJECTOR_OF_ACT, "gelu")
     return PROJECTOR_OF_ACT[raw.get("projector_hidden_act", "gelu")]
 
 
 def feature_layer(raw: dict, layers: int) -> int:
     """vision_feature_layer counted from the end. In the file, 0 is the input of the first block."""
-    layer = raw.get("vision_feature_layer", -2)
+    layer = -2 if raw.get("vision_feature_layer") is None else raw["vision_feature_layer"]
     if layer not in range(-layers - 1, layers + 1):
         raise InputError(f"vision_feature_layer {layer!r} is not supported, only one of the "
                          f"{layers} layers")

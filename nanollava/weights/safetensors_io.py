@@ -43,11 +43,8 @@ def shard_paths(folder: Path) -> list[Path]:
         raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (*.bin are pickles, which can "
                          "run code and are not opened; `python prepare_data.py weights` downloads "
                          "and converts them)")
-    try:
-        files = set(read_json(index)["weight_map"].values())
-        paths = sorted(Path(path_inside(folder, file)) for file in files)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} does not say which file holds which tensor") from error
+    files = set(read_json(index, {"weight_map": {str: str}})["weight_map"].values())
+    paths = sorted(Path(path_inside(folder, file)) for file in files)
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path} is missing, though {INDEX} names it")
@@ -58,13 +55,19 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], folde
                 dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Replace the parameters of a module, which may be on the meta device, by tensors.
 
-    Raises InputError if names or shapes differ; `folder` is for this message.
+    Raises InputError if names or shapes differ, or a tensor holds no weights; `folder` is for this
+    message. Only vectors are searched for NaN and infinity: the rest stays on disk until its use.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     problems = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
     problems += [f"{name} is unexpected" for name in tensors.keys() - shapes.keys()]
     problems += [f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(shapes[name])}"
                  for name in shapes.keys() & tensors.keys() if tensors[name].shape != shapes[name]]
+    problems += [f"{name} is {str(tensor.dtype)[6:]}, not float16, bfloat16 or float32"
+                 for name, tensor in tensors.items()
+                 if not tensor.is_floating_point() or tensor.itemsize < 2]
+    problems += [f"{name} is not finite" for name, tensor in tensors.items()
+                 if tensor.ndim == 1 and tensor.itemsize >= 2 and not tensor.isfinite().all()]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         problems = "; ".join(sorted(problems)[:5])

@@ -55,11 +55,107 @@ def test_question_does_not_depend_on_the_answer():
     ("LECTURE: Comets.\nThe answer is B.", 1), ("The answer is B.\nBecause A is wrong.", 1),
     ("The answer is (A)", 0), ("the answer is: A", 0), ("B", 1), (" (B) a comet", 1),
     ("B. a comet", 1), ("The answer is a comet.", None), ("The answer is C.", None),
-    ("A comet", None), ("", None), ("The answer is A. No, the answer is B.", None),
+    ("A comet", None), ("", None), ("The answer is A. No, the answer is B.", 1),
     ("The answer is B. Yes, the answer is B.", 1),
 ])
-def test_parse_choice_returns_the_only_option_named(reply, choice):
+def test_parse_choice_returns_the_option_named_last(reply, choice):
     assert parse_choice(reply, COMET) == choice
+
+
+# one form of an answer a line; {} is the letter
+CLEAR_FORMS = r"""
+{}
+({})
+{}.
+{})
+[{}]
+<{}>
+**{}**
+`{}`
+"{}"
+- {}
+# {}
+\boxed{{{}}}
+$\boxed{{\text{{{}}}}}$
+The final answer is $\boxed{{{}}}$.
+Answer: {}
+ANSWER:{}
+Answer: ({}) the thing
+**Answer:** {}
+**Answer: {}**
+### Answer\n{}
+Answer:\n\n{}
+Answer = {}
+Ans: {}
+Final answer: {}
+Final Answer:\n**{}**
+My answer is {}
+Correct answer: {}
+The correct answer is {}
+The correct option is ({}) the thing.
+The correct answer is: **({}) the thing**
+The answer is option {}
+The answer is **{}**
+The answer is '{}'.
+The answer is {}) the thing
+The answer is {}: the thing
+The answer is {} - the thing
+The answer is {}, the thing
+The answer is {} because it has a tail
+The answer is the letter {}.
+The answer to the question is {}.
+The answer should be {}.
+the answer is {}
+The answer is\n{}
+Option {}
+option {}.
+Choice {}
+I choose {}
+I would choose option {}
+I'd go with {}
+I think it's {}
+It is {}.
+{} is correct
+({}) is the right answer
+Option {} (the thing) is the correct answer
+{}, because it has a tail
+{} because it has a tail
+{}\n\nBecause the others are wrong.
+{}. the thing
+{}: the thing
+{} - the thing
+({}) the thing\n\nIt has a tail.
+It has a tail.\n\n{}
+It has a tail. Therefore, {}.
+So, ({}).
+{{"answer": "{}"}}
+<answer>{}</answer>
+```\n{}\n```
+Option C is wrong, since it has no tail. The answer is {}.
+C is incorrect. {} is correct.
+The answer is not C. The answer is {}.
+The answer is {}.\nBecause C is wrong.
+The answer is {}. It is more formal than option C.
+""".strip().split("\n")
+LOWER_CASE = ("{}", "({})", "{}.", "Answer: {}", "the answer is {}.", "option {}", "{}) the thing")
+
+
+@pytest.mark.parametrize("form", CLEAR_FORMS)
+def test_letter_is_read_in_every_form(form):
+    problem = {"choices": ["a star", "a comet", "a sun"]}
+    for choice, letter in enumerate("AB"):
+        letters = [letter, letter.lower()] if form in LOWER_CASE else [letter]
+        for name in letters:
+            assert parse_choice(form.replace("\\n", "\n").format(name), problem) == choice
+
+
+@pytest.mark.parametrize("reply", [
+    "The answer is A comet", "The answer is a comet, a thing of ice.", "A comet has a tail.",
+    "I see a comet.", "I, too, see it.", "It is a comet", "It is A comet.", "The answer is A or B",
+    "Both are fine.", "There is no way to tell.", "It is, e.g., ice.", "The answer is E. coli.",
+])
+def test_word_is_not_taken_for_a_letter(reply):
+    assert parse_choice(reply, COMET) is None
 
 
 def test_score_counts_unreadable_replies_as_wrong(folder):
@@ -72,11 +168,12 @@ def test_score_counts_unreadable_replies_as_wrong(folder):
 
 
 @pytest.mark.parametrize("problems, splits, message", [
-    ([COMET], {"test": ["7"]}, "problems.json is not a JSON object"),
-    ({"7": COMET}, {"train": ["7"]}, "pid_splits.json has no split 'test'"),
-    ({"7": COMET}, {"test": ["9"]}, "problem 9 of test is missing"),
-    ({"7": {**COMET, "choices": None}}, {"test": ["7"]}, "problem 7 of test lacks choices"),
-    ({"7": {**COMET, "answer": 2}}, {"test": ["7"]}, "problem 7 of test: answer 2 is not one of"),
+    ([COMET], {"test": ["7"]}, "problems.json: it must be an object, not a list"),
+    ({"7": COMET}, {"train": ["7"]}, "pid_splits.json: it has no 'test'"),
+    ({"7": COMET}, {"test": ["9"]}, "problem '9' of test: it must be an object, not null"),
+    ({"7": {**COMET, "choices": None}}, {"test": ["7"]},
+     "problem '7' of test: choices must be a list, not null"),
+    ({"7": {**COMET, "answer": 2}}, {"test": ["7"]}, "problem '7' of test: answer 2 is not one of"),
 ])
 def test_error_names_the_broken_problem(tmp_path, problems, splits, message):
     (tmp_path / "problems.json").write_text(json.dumps(problems))

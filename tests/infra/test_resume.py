@@ -231,7 +231,8 @@ def test_signal_after_the_last_step_is_not_lost(model, tmp_path):
 def test_log_is_cut_to_the_checkpoint_and_the_best_loss_is_read_from_it(model, tmp_path):
     path, checkpoints = tmp_path / "log.jsonl", Checkpoints(tmp_path, model, [], {})
     checkpoints.save(2)
-    rows = [{"step": step, "loss": 1.0, "elapsed": 10.0 + step, "val_loss": 5.0 - step} for step in range(4)]
+    rows = [{"step": step, "loss": 1.0, "elapsed": 10.0 + step, "val_loss": 5.0 - step}
+            for step in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "los')
     run = Run("test", 9, checkpoints, path)
     assert (run.start, run.best_val_loss) == (2, 4.0)

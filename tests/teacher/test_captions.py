@@ -72,13 +72,14 @@ def test_every_documented_format_is_read(tmp_path, name, text):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("a.json", b'[{"image": "a.jpg"}]', "row 0 must have an image and a caption"),
-    ("a.json", b"3", "is not a COCO file"),
-    ("a.jsonl", b"{", "line 1: "),
-    ("a.jsonl", b"3", "line 1 must have an image and a caption"),
-    ("a.tsv", b"a.jpg\tA cat.\n\nb.jpg\n", "line 3 must have an image and a caption"),
-    ("a.tsv", b"a.jpg\tA cat.\nb.jpg\t\xff\n", "line 2: 'utf-8' codec"),
-    ("a.tsv", b"a.jpg\tAn <image>.\n", "line 1: the caption contains <image>"),
+    ("a.json", b'[{"image": "a.jpg"}]', r": \[0\] has no 'caption'"),
+    ("a.json", b"3", ": it must be an object, not 3"),
+    ("a.jsonl", b"{", "line 1 is not JSON"),
+    ("a.jsonl", b"3", "line 1: it must be an object, not 3"),
+    ("a.tsv", b"a.jpg\tA cat.\n\nb.jpg\n", "line 3: it has no 'caption'"),
+    ("a.tsv", b"a.jpg\tA cat.\nb.jpg\t\xff\n", "line 2 is not UTF-8"),
+    ("a.tsv", b"a.jpg\tAn <image>.\n", "line 1: caption must be text without <image>"),
+    ("a.tsv", b"\tA cat.\n", "line 1: image must be text without <image>, not ''"),
 ])
 def test_broken_pair_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text)
@@ -106,9 +107,9 @@ def test_pair_becomes_a_brief_question_and_its_caption(tmp_path):
     captions = [f"A cat on a w{number} mat." for number in range(40)]
     (tmp_path / "pairs.tsv").write_text(
         "".join(f"{number}.jpg\t{caption}\n" for number, caption in enumerate(captions)))
-    count_and_kept = write_pretrain(tmp_path / "pairs.tsv", tmp_path / "out.json", 0, balance=False)
+    numbers = write_pretrain(tmp_path / "pairs.tsv", tmp_path / "out.json", 0, balance=False)
     rows = read_json(tmp_path / "out.json")
-    assert count_and_kept == (40, 40)
+    assert numbers == (40, 40, {})
     assert [row["image"] for row in rows] == [f"{number}.jpg" for number in range(40)]
     assert [row["conversations"][1]["value"] for row in rows] == captions
     questions = [row["conversations"][0]["value"] for row in rows]
@@ -120,8 +121,8 @@ def test_balance_writes_what_the_filter_keeps(tmp_path):
     captions = ["A cat."] * 150 + ["A unicorn."]
     (tmp_path / "pairs.tsv").write_text(
         "".join(f"{number}.jpg\t{caption}\n" for number, caption in enumerate(captions)))
-    assert write_pretrain(tmp_path / "pairs.tsv", tmp_path / "out.json", 0, balance=True) == (
-        151, 100)
+    numbers = write_pretrain(tmp_path / "pairs.tsv", tmp_path / "out.json", 0, balance=True)
+    assert numbers == (151, 100, {})
     kept = [int(row["id"]) for row in read_json(tmp_path / "out.json")]
     assert kept == balance_captions(captions, seed=0)
 

@@ -56,16 +56,23 @@ def test_without_instances_images_have_no_boxes(files):
     ({}, {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1}]},
      "crowd annotations"),
     ({"annotations": caption_rows(7)}, {}, "images without captions"),
-    ({"annotations": caption_rows(7) + [{"id": 9, "image_id": 5, "caption": " "}]}, {},
-     "images without captions"),
+    ({"annotations": caption_rows(7, 5) + [{"id": 9, "image_id": 5, "caption": " "}]}, {},
+     "empty captions"),
     ({"annotations": caption_rows(7, 5, 9)}, {}, "annotations of images that are not listed"),
-    ({"annotations": caption_rows(7, 5) + caption_rows(7)}, {}, "annotations with a repeated id"),
     ({"images": [{"id": image, "file_name": "a.jpg", "width": 9, "height": 9}
                  for image in (7, 5, 7)]}, {}, "images with a repeated id"),
 ])
 def test_what_is_left_out_is_counted(files, captions, instances, reason):
     _, left_out = read_coco(*files(captions, instances))
     assert left_out == {reason: 1}
+
+
+def test_ids_of_annotations_do_not_matter(files):
+    rows = [{"id": 0, "image_id": 7, "caption": caption} for caption in ("A cat.", "It sleeps.")]
+    rows += [{"id": 0, "image_id": 5, "caption": "A dog."}, {"image_id": 5, "caption": "A dog."}]
+    images, left_out = read_coco(files({"annotations": rows})[0])
+    assert [image.captions for image in images] == [["A cat.", "It sleeps."], ["A dog.", "A dog."]]
+    assert not left_out
 
 
 def test_sizes_may_stand_in_either_file(files):
@@ -79,13 +86,13 @@ def box_row(bbox):
 
 
 @pytest.mark.parametrize("captions, instances, message", [
-    ({}, box_row([1, 2]), "bbox .1, 2. is not four numbers"),
-    ({}, box_row([1, 2, float("nan"), 3]), "is not four numbers"),
-    ({}, box_row(None), "row 0: bbox None is not valid"),
-    ({"annotations": [{"image_id": 7, "caption": None}]}, {}, "row 0: caption None is not valid"),
-    ({"images": None}, {}, "captions.json is not a COCO file: it has no list of images"),
-    ({"annotations": [{"image_id": 7}]}, {}, "captions.json, annotations row 0: it has no 'capt"),
-    ({}, {"categories": []}, "instances.json, annotations row 0: there is no category 1"),
+    ({}, box_row([1, 2]), r"annotations\[0\].bbox must be a list of 4, not a list of 2"),
+    ({}, box_row([1, 2, float("nan"), 3]), r"bbox\[2\] must be a finite number, not nan"),
+    ({"annotations": [{"image_id": 7, "caption": None}]}, {},
+     r"captions.json: annotations\[0\].caption must be text, not null"),
+    ({"images": None}, {}, "captions.json: images must be a list, not null"),
+    ({"annotations": [{"image_id": 7}]}, {}, r"json: annotations\[0\] has no 'caption'"),
+    ({}, {"categories": []}, r"instances.json: annotations\[0\] has the category 1, which is not"),
     ({"images": [{"id": 7, "file_name": "7.jpg"}]}, {},
      "image 7 has boxes, but no width and height"),
 ])

@@ -26,26 +26,39 @@ from nanollava.weights import hf_config
     ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}},
      "rope_type 'yarn' is not supported"),
     ({"text_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu' is not supported, only 'silu'"),
-    ({"text_config": {"attention_bias": True}}, "attention_bias True is not supported"),
+    ({"text_config": {"attention_bias": True}}, "attention_bias true is not supported"),
     ({"vision_config": {"hidden_act": "gelu"}},
      "hidden_act 'gelu' is not supported, only 'quick_gelu'"),
-    ({"vision_config": {"image_size": [32, 32]}}, r"image_size \[32, 32\] is not supported"),
+    ({"vision_config": {"image_size": [32, 32]}},
+     "vision_config.image_size must be an integer from 1 to 16777215, not a list of 2"),
+    ({"vision_config": {"patch_size": 33}}, "patch_size 33 is larger than image_size 32"),
     ({"projector_hidden_act": "relu"},
      "projector_hidden_act 'relu' is not supported, only 'linear' or 'gelu'"),
-    ({"multimodal_projector_bias": False}, "multimodal_projector_bias False is not supported"),
+    ({"multimodal_projector_bias": False}, "multimodal_projector_bias false is not supported"),
     ({"vision_feature_select_strategy": "full"},
      "vision_feature_select_strategy 'full' is not supported"),
     ({"vision_feature_layer": [-2, -5]},
-     r"vision_feature_layer \[-2, -5\] is not supported, only one of the 2 layers"),
+     "vision_feature_layer must be an integer, not a list of 2"),
+    ({"vision_feature_layer": -4},
+     "vision_feature_layer -4 is not supported, only one of the 2 lay"),
     ({"nanollava": {"template": "v9"}}, "template 'v9' is not supported"),
-    ({"model_type": "nanollava"}, "projector None in the section nanollava is not a name"),
+    ({"model_type": "nanollava"}, "nanollava has no 'projector'"),
     ({"text_config": {"num_attention_heads": 5}},
      "hidden_size 32 is not divisible by num_attention_heads 5"),
     ({"text_config": {"num_key_value_heads": 3}},
      "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
     ({"text_config": {"hidden_size": "32"}},
-     "hidden_size '32' is not supported, only a number above zero"),
-    ({"text_config": 3}, "text_config 3 is not a JSON object"),
+     "text_config.hidden_size must be an integer from 1 to 16777215, not '32'"),
+    ({"text_config": {"head_dim": 5}}, "head_dim 5 is odd"),
+    ({"text_config": {"num_hidden_layers": 10**6}},
+     "text_config.*num_hidden_layers must be an integer from 1"),
+    ({"text_config": {"rms_norm_eps": float("inf")}},
+     "text_config.*rms_norm_eps must be a number from 1e-30 to"),
+    ({"text_config": {"rope_parameters": {"rope_theta": 0}}},
+     "text_config.*rope_theta must be a number from 1"),
+    ({"text_config": {"tie_word_embeddings": "false"}},
+     "text_config.*must be true or false, not 'false'"),
+    ({"text_config": 3}, "text_config must be an object, not 3"),
 ])
 def test_unsupported_field_is_refused_by_name(folder, change_config, change, message):
     change_config(change)
@@ -59,7 +72,7 @@ def test_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a model folder: it has no config.json"):
         Llava.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="config.json: not a JSON object"):
+    with pytest.raises(InputError, match="config.json: it must be an object, not a list of 0"):
         Llava.from_pretrained(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def test_file_keeps_its_dtype_and_is_cast_when_it_is_loaded(model, tmp_path, dty
     (lambda tensors: tensors | {"extra": torch.zeros(1)}, "extra is unexpected"),
     (lambda tensors: tensors | {"language_model.model.norm.weight": torch.zeros(5)},
      r"norm.weight has shape \(5,\), not \(32,\)"),
+    (lambda tensors: {k: t.to(torch.int8) for k, t in tensors.items()},
+     "embed_tokens.weight is int8, not float16, bfloat16 or float32"),
+    (lambda tensors: {k: t / 0 if k.endswith("norm.weight") else t for k, t in tensors.items()},
+     "layernorm.weight is not finite"),
 ])
 def test_tensor_that_does_not_fit_is_named(folder, change_tensors, change, message):
     change_tensors(change)
@@ -78,7 +83,11 @@ def test_broken_or_missing_file_is_named(folder, model, monkeypatch):
         Llava.from_pretrained(folder)
     for nonsense in ("[]", "{}", '{"weight_map": {"a": 1}}'):
         index.write_text(nonsense)
-        with pytest.raises(InputError, match="does not say which file holds which tensor"):
+        with pytest.raises(InputError, match="index.json: .*(must be|has no 'weight_map')"):
+            Llava.from_pretrained(folder)
+    for outside in ("../model.safetensors", str(folder.parent / "model.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(InputError, match=f"'{outside}' is outside of {folder}"):
             Llava.from_pretrained(folder)
     index.unlink()
     with pytest.raises(InputError, match="neither model.safetensors nor model.safetensors.index"):
@@ -101,6 +110,12 @@ def test_file_has_the_permissions_of_any_new_file(tmp_path):
     safetensors_io.write_tensors(tmp_path, {"a": torch.zeros(1)})
     mode = (tmp_path / "model.safetensors").stat().st_mode
     assert mode == (tmp_path / "other").stat().st_mode
+
+
+def test_fifo_among_the_weights_is_refused(folder):
+    os.mkfifo(folder / "model-2.safetensors")
+    with pytest.raises(InputError, match="model-2.safetensors is not a file"):
+        safetensors_io.fingerprint(folder)
 
 
 def test_fingerprint_depends_on_content_alone(folder, model, tmp_path):
