@@ -17,10 +17,10 @@ class JsonlFile:
     A row counts only after its line is on the disk. Opening cuts off a last line that a killed
     process left half written; a complete one gets the newline that it lacks.
     To read the file without changing the disk, call `load` instead.
-    A subclass defines `shape`, of every row (see io.shape_error), and `index`.
+    A subclass defines `index` and the shape of a row (see io.shape_error), its first field first.
     """
 
-    shape: object
+    shape: dict
 
     def __init__(self, path: str | Path):
         self.path, self.lock = Path(path), threading.Lock()
@@ -51,13 +51,22 @@ class JsonlFile:
         self.file.seek(0)
         for line in self.file:
             pass
-        if not line.endswith(b"\n"):
-            try:
-                parse_json(line, str(self.path), dict)
-            except InputError:
-                self.file.truncate(self.file.tell() - len(line))
-            else:
-                self.append_bytes(b"\n")
+        if self.is_half_row(line):
+            self.file.truncate(self.file.tell() - len(line))
+        elif not line.endswith(b"\n"):
+            parse_json(line, f"{self.path}, last line", self.shape)
+            self.append_bytes(b"\n")
+
+    def is_half_row(self, line: bytes) -> bool:
+        """Whether a killed run left this last line. Nothing else is ever cut off."""
+        start = f'{{"{next(iter(self.shape))}"'.encode()
+        if not line.strip(b" \0"):  # reserved space; zeros after a power failure
+            return True
+        try:
+            parse_json(line, "")
+        except InputError:
+            return start.startswith(line[: len(start)]) and not line.endswith(b"\n")
+        return False
 
     def __exit__(self, error_type, *error) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -194,6 +194,12 @@ def test_bench_asks_for_each_grade_once(command, bench, server):
     assert read_json("out.json")["grades"][0]["reasons"] == "It is a cat."
 
 
+def test_bench_refuses_two_questions_with_one_id(error_of, bench):
+    rows = Path("questions").read_text() * 2
+    Path("questions").write_text(rows)
+    assert "several questions with the same question_id" in error_of(*bench, "--answers", "answers")
+
+
 def test_bench_names_the_questions_without_grade(command, bench, server):
     server.reply = lambda body: "Both are good."
     code, out, error = command(*bench, "--answers", "answers", *base_url(server))

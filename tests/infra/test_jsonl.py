@@ -60,8 +60,9 @@ def test_last_line_of_a_killed_run_is_cut_off_or_completed(tmp_path, cut):
     assert path.read_bytes() == LINE * len(expected) + b'{"id": 2}\n'
 
 
-def test_run_killed_while_it_reserves_space_leaves_no_line(tmp_path):
-    (tmp_path / "rows").write_bytes(LINE + b" " * 1000)
+@pytest.mark.parametrize("content", [b" ", b"\0"])
+def test_space_that_a_killed_run_reserved_is_cut_off(tmp_path, content):
+    (tmp_path / "rows").write_bytes(LINE + content * 1000)
     with Rows(tmp_path / "rows") as file:
         assert file.rows == [ROW]
     assert (tmp_path / "rows").read_bytes() == LINE
@@ -94,6 +95,10 @@ def test_killed_run_loses_no_row_that_it_has_reported(tmp_path, number):
     (b'{"id": 1}{"id": 2}\n', "line 1 is not JSON"),
     (b'\n{"id": "x"}\n', "line 2: id must be an integer"),
     (b'{"id": 1, "text": "\xff"}\n', "line 1 is not UTF-8"),
+    # not the rows of a killed run, but some other file
+    (b'[{"id": 1}]', "last line: "), (b'{"other": 1}', "last line: "),
+    (b'{"id": "x"}', "last line: "), (b"[" * 100_000, "last line is not JSON"),
+    (b'{"other": [1, 2', "last line is not JSON"), (b'PK\3\4\0', "last line is not JSON"),
     (b"[]\n", "line 1: "), (b"3\n", "line 1: "), (b"{}\n", "line 1: it has no 'id'")])
 def test_damaged_line_is_named_and_nothing_is_changed(tmp_path, content, message):
     (tmp_path / "rows").write_bytes(content)
