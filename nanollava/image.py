@@ -49,7 +49,7 @@ def open_image(path: str | Path, draft: bool = False) -> Image.Image:
             image.load()
             rotation = exif_rotation(image)
             image = scale_16_bits(image)
-            if draft:  # one pixel is enough to see whether it converts
+            if draft and image.mode == "RGBA":  # always converts, as slowly as it decodes
                 image = image.crop((0, 0, 1, 1))
             image = to_rgb(image)
             return image if rotation is None else image.transpose(rotation)

@@ -122,9 +122,9 @@ def test_gray_of_more_than_8_bits_is_scaled_or_refused(tmp_path, name):
         assert pixels[0].tolist() == [[value // 257] * 3 for value in GRAY]
         assert image_error(tmp_path / name) is None
         return
-    with pytest.raises(InputError, match=f"{name} .* are not 8 bits, nor from 0"):
+    with pytest.raises(InputError, match=f"{name} .* are not 8 bits, nor from 0") as failure:
         open_image(tmp_path / name)
-    assert f"{name} is not an image" in image_error(tmp_path / name)
+    assert image_error(tmp_path / name) == str(failure.value)
 
 
 def test_transparent_pixels_become_white(tmp_path):
@@ -185,12 +185,11 @@ def test_other_formats_are_refused_before_a_program_starts(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("make", [
-    lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero"),
-    lambda path: path.symlink_to(path)])
+    lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_folders_fifos_and_devices_are_refused_without_reading_them(tmp_path, make):
     make(tmp_path / "cat.jpg")
     for read in (open_image, lambda path: open_image(path, draft=True)):
-        with pytest.raises(InputError, match="cat.jpg( is not a file|.*[Ss]ymbolic links)"):
+        with pytest.raises(InputError, match="cat.jpg is not a file"):
             read(tmp_path / "cat.jpg")
 
 
@@ -216,6 +215,18 @@ def test_check_finds_what_opening_finds_in_damaged_files(tmp_path, format):
             assert error == str(failure)
         results.add(error is None)
     assert results == {True, False} or format in ("PNG", "WEBP", "AVIF")
+
+
+def test_png_without_its_palette_is_refused_by_check_and_use(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("P", (4, 4)).save(buffer, "PNG")
+    content = buffer.getvalue()
+    start = content.index(b"PLTE") - 4  # length, name, data, checksum
+    length, = struct.unpack_from(">I", content, start)
+    (tmp_path / "cat.png").write_bytes(content[:start] + content[start + length + 12 :])
+    with pytest.raises(InputError, match="cat.png is not an image") as failure:
+        open_image(tmp_path / "cat.png")
+    assert image_error(tmp_path / "cat.png") == str(failure.value)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), MemoryError(),
