@@ -16,12 +16,16 @@ from .infra import distributed
 from .infra.io import InputError, path_inside, read_json_item, read_json_list, scan_json_list
 from .infra.progress import progress
 
+UNREAD = ("images", "video", "videos", "audio")  # what a row must not have: it would be ignored
+
 
 def check_row(row) -> tuple[list[dict], list[str]]:
     """The turns and the image files of a row. Raises ValueError if it cannot be trained on."""
     if not isinstance(row, dict) or "conversations" not in row:
         raise ValueError("it has no 'conversations'")
     turns, files = row["conversations"], row.get("image") or []
+    if unread := [key for key in UNREAD if row.get(key)]:
+        raise ValueError(f"it has '{unread[0]}', which is not read, only 'image'")
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ValueError("'image' must be a file name or a list of file names")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
-from .infra.io import (InputError, check_writable, locked_folder, path_inside, read_json,
-                       read_json_list, read_jsonl, write_json)
+from .infra.io import (InputError, check_writable, locked_folder, path_inside, quote,
+                       read_json, read_json_list, read_jsonl, write_json)
 from .infra.progress import print0, progress
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
@@ -107,9 +107,10 @@ def evaluate_ablations(arguments) -> tuple[str, dict]:
     root = arguments.run.resolve()
     steps_file = root / "steps.json"
     with locked_folder(root):
-        if steps_file.exists() and read_json(steps_file) != arguments.steps:
-            raise InputError(f"{root} has runs of {read_json(steps_file)} steps: repeat that "
-                             "--steps or choose another --run")
+        steps = read_json(steps_file, int) if steps_file.exists() else arguments.steps
+        if steps != arguments.steps:
+            raise InputError(f"{root} has runs of {quote(steps)} steps: repeat that --steps or "
+                             "choose another --run")
         write_json(steps_file, arguments.steps)
         ablations.write_data(root)
         tasks = ablations.list_tasks(root, arguments.seeds, arguments.steps)
@@ -226,6 +227,8 @@ def evaluate_bench(arguments) -> tuple[str, dict]:
     questions = {str(row["question_id"]): (f"{IMAGE_TOKEN}\n{row['text']}",
                                            [Path(path_inside(folder, row["image"]))])
                  for row in rows}
+    if len(questions) < len(rows):
+        raise InputError(f"{arguments.questions} has several questions with the same question_id")
     answers = collect_answers(arguments, questions, "bench.jsonl")
     items = llava_bench.build_items(rows, arguments.reference, arguments.context, answers)
     with Ledger(arguments.out.with_name(f"{arguments.out.name}.ledger.jsonl")) as ledger:

@@ -31,6 +31,8 @@ def load(world, tokenizer, config, tmp_path):
     ({"conversations": [QUESTION, {"from": "gpt", "value": " "}]}, r"turn 2 \(gpt\) is empty"),
     ({"image": []}, "it has 0 images, but 1 <image>"),
     ({"conversations": [QUESTION, ANSWER] * 2}, "it has 1 images, but 2 <image>"),
+    ({"video": "a.mp4"}, "it has 'video', which is not read, only 'image'"),
+    ({"images": ["a.png"]}, "it has 'images', which is not read"),
     ({"image": 7}, "'image' must be a file name or a list of file names"),
 ])
 def test_row_that_cannot_be_trained_on_is_refused(change, message):

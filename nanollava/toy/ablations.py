@@ -51,7 +51,7 @@ def write_data(root: Path) -> None:
             write(folder)
     for order in ORDERS:
         write_json(root / f"{order}.json", read_rows(problems, "train", order))
-    instruct = read_json(world / "instruct.json")
+    instruct = read_json(world / "instruct.json", [{"id": str}])
     for name, (_, kinds, _) in TABLE_4.items():
         if kinds:
             rows = [row for row in instruct if row["id"].partition("-")[2] in kinds]
@@ -100,7 +100,7 @@ class Repetition:
               share: float = 1.0) -> Task:
         """Train for a share of the steps. `start`: the flags that name the initial model."""
         out = self.root / f"seed{self.seed}" / name
-        epochs = round(share * self.steps) * BATCH_SIZE / len(read_json(data))
+        epochs = round(share * self.steps) * BATCH_SIZE / len(read_json(data, list))
         return Task(out / "config.json", [
             TRAIN, "--stage", stage, *start, "--data", data, "--images", images,
             "--epochs", epochs, "--batch-size", BATCH_SIZE, "--seed", self.seed,
@@ -217,14 +217,17 @@ def read_results(root: Path, seeds: int) -> dict:
     "data": {row of table 4: {kind of questions or "all": [...]}}}
     """
 
-    def scores(name: str) -> list[dict]:
-        return [read_json(root / f"seed{seed}" / name / "score.json") for seed in range(seeds)]
+    def scores(name: str, shape: dict) -> list[dict]:
+        paths = [root / f"seed{seed}" / name / "score.json" for seed in range(seeds)]
+        return [read_json(path, shape) for path in paths]
 
     def scienceqa(name: str) -> list[float]:
-        return [score["accuracy"]["AVG"] for score in scores(f"scienceqa-{name}")]
+        shape = {"accuracy": {"AVG": float}}
+        return [score["accuracy"]["AVG"] for score in scores(f"scienceqa-{name}", shape)]
 
     def bench(name: str) -> dict[str, list[float]]:
-        return {kind: [score["model"][kind] for score in scores(name)] for kind in SCORES}
+        results = scores(name, {"model": dict.fromkeys(SCORES, float)})
+        return {kind: [result["model"][kind] for result in results] for kind in SCORES}
 
     runs = dict(zip(ORDERS, ("best", "answer-first"), strict=True))  # trained for several shares
     orders = {share: {order: scienceqa(f"{name}-{share}") for order, name in runs.items()}
