@@ -15,6 +15,7 @@ from nanollava.infra.io import (
     atomic_write,
     check_writable,
     lock_file,
+    locked_folder,
     path_inside,
     read_json,
     read_json_item,
@@ -304,3 +305,29 @@ def test_locked_file_is_refused_until_it_is_closed(tmp_path):
             lock_file(second, "the ledger")
         first.close()
         lock_file(second, "the ledger")
+
+
+def test_folder_is_locked_until_its_run_ends_or_is_killed(tmp_path):
+    pytest.importorskip("fcntl")
+    program = f"""if True:
+        import pathlib, time
+        from nanollava.infra.io import locked_folder
+        with locked_folder(pathlib.Path({str(tmp_path / "out")!r})):
+            print(flush=True)
+            time.sleep(60)"""
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                           cwd=Path(__file__).parents[2])
+    run.stdout.readline()
+    with pytest.raises(InputError, match="out is in use by another run"):
+        with locked_folder(tmp_path / "out"):
+            pass
+    run.kill()
+    run.wait()
+    assert os.listdir(tmp_path / "out") == [".lock"]
+    with pytest.raises(RuntimeError):
+        with locked_folder(tmp_path / "out"):
+            raise RuntimeError  # before anything is written
+    assert os.listdir(tmp_path) == []
+    with locked_folder(tmp_path / "out"):
+        (tmp_path / "out" / "a").touch()
+    assert os.listdir(tmp_path / "out") == ["a"]
