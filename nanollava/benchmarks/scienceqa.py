@@ -101,18 +101,18 @@ def questions_with_images(problems: dict[str, dict],
 _END = r"(?=\s*(?:[(),;:!?]|\.(?!\w)|\n|$|[-=\u2013\u2014]\s|because\b|since\b|as\b))"
 _LETTER = (rf"\b([B-HJ](?![\w'-]|\.\w\.)|[A-Ja-j]{_END})"
            r"(?!\)?\s*(?:(?:and|or|nor)\s+\(?[A-J]\b|(?:is|are|was|can|cannot|does|has|isn't)\b))")
-_FILLER = (r"(?:[\s:=,()-]|\b(?i:is|are|was|would|should|must|be|to|this|the|question|option|choice|"
-           r"letter|answer|correct|right|best|final|therefore|thus|clearly|most|likely|probably)\b)*")
-_IS_CORRECT = (r"[^\w\n]*(?:\([^)\n]*\)\s*)?(?:is|looks|seems)\s(?:the\s|clearly\s|most\s|likely\s|"
-               r"my\s)*(?:correct|right|best|true|answer)\b")
+_FILLER = (r"(?:[\s:=,()-]|\b(?i:is|are|was|would|should|must|be|to|this|the|question|option|"
+           r"letter|choice|answer|correct|right|best|final|thus|clearly|most|likely|probably)\b)*")
+_IS_CORRECT = (r"[^\w\n]*(?:\([^)\n]*\)\s*)?(?:is|looks|seems)\s"
+               r"(?:(?:the|clearly|most|likely|my)\s)*(?:correct|right|best|true|answer)\b")
 MENTIONS = [re.compile(pattern, re.MULTILINE) for pattern in (  # the clearest first
     # "the answer is (B)", "Answer: B", "B is correct", "(B) is the best answer"
     rf"\b(?i:answer|ans)\b{_FILLER}{_LETTER}|\b([A-J])\b{_IS_CORRECT}",
     r"^[^\w\n]*([A-Ja-j])[^\w\n]*$",  # a letter on a line of its own
     rf"\A\W*([A-Ja-j]){_END}",  # "B, because ...", "(B) a comet"
     # "I choose option B", "Correct: B", "Therefore (B)."
-    r"\b(?i:choice|option|letter|choose|pick|select|go with|would say|think|conclusion|correct|it is|"
-    rf"it's|therefore|thus|hence|so)\b{_FILLER}{_LETTER}",
+    r"\b(?i:choice|option|letter|choose|pick|select|go with|would say|think|conclusion|correct|"
+    rf"it is|it's|therefore|thus|hence|so)\b{_FILLER}{_LETTER}",
 )]
 BRACKETS = str.maketrans("[]<>\u3010\u3011", "()()()")
 MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\b|\\[()]|[*_`$#{}\"\u201c\u201d]"

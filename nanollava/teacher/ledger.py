@@ -23,6 +23,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     complete: bool  # False: cut off by a length limit or a content filter
+    raw: str = ""  # the server's reply as it came, where no text was found in it
 
 
 def guess_tokens(text: str) -> int:
@@ -56,7 +57,8 @@ class Ledger(JsonlFile):
 
     def add(self, key: str, answer: Answer, **more) -> None:
         """Append an answer, with `more` fields; returns once it is safe on the disk."""
-        self.append({"key": key, **asdict(answer), **more})
+        row = {"key": key, **asdict(answer), **more}
+        self.append(row if answer.raw else {name: row[name] for name in row if name != "raw"})
 
     def index(self, row: dict) -> None:
         row.setdefault("complete", row.pop("whole", None))

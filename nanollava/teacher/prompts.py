@@ -184,6 +184,20 @@ _COORDINATES = re.compile(r"\b[01]?\.\d+\s*,\s*[01]?\.\d+")
 _REFUSAL = re.compile(
     r"(i'm|i am) (very )?sorry|i (can't|cannot|can not)|(i'm|i am) (unable|not able)"
     r"|i apologi[sz]e|as an ai\b|sorry,", re.IGNORECASE)
+# what a chat server or a model writes around a reply: {what: pattern}
+_FOREIGN = {what: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for what, pattern in (
+    ("a control token", r"<\|[^\n|<>]*\|>|<\uff5c[^\n<>]*\uff5c>|</?s>|<<?/?sys>>?|\[/?inst\]"
+     r"|<(?:bos|eos|pad|unk|(?:start|end)_of_turn|end_of_utterance)>"),
+    ("an invented turn", r"^\W*(?:human|user|assistant|system)\W*:"),
+    ("a code fence", r"^\s*(?:```|~~~)"),
+    ("an introduction",
+     r"\A\W*(?:sure|certainly|of course|absolutely|okay|ok|no problem)\b\s*[!,.:]|\A\s*#+\s"
+     r"|\A\W*(?:here(?:'s| is| are)|below is|the following is)\b[^\n.]*"
+     r"\b(?:description|conversation|dialogue|questions?|answers?)\b"
+     r"|\A[^\n]*\b(?:description|conversation|dialogue)\b[^\w\n]*:"),
+    ("a remark to the user", r"^\W*(?:let me know if|(?:i )?hope this helps|feel free to ask"
+     r"|is there anything else)\b"),
+)}
 _BLOCKS = re.compile(r"^={3,}|^\W*(question|answer)\W*:", re.IGNORECASE | re.MULTILINE)
 
 
@@ -195,6 +209,9 @@ def parse(kind: str, reply: str, rng: random.Random, captions: list[str] = ()) -
     reply = reply.strip()
     if is_refusal(reply):
         raise ValueError("the reply is a refusal")
+    for what, pattern in _FOREIGN.items():
+        if pattern.search(reply.replace("\u2019", "'")):
+            raise ValueError(f"the reply holds {what}")
     if kind == "detail":
         if _BLOCKS.search(reply):
             raise ValueError("the reply is not a description, but questions and answers")

@@ -21,14 +21,24 @@ from urllib.parse import quote
 import requests
 import torch
 
-from ..infra.http import BearerAuth, is_invalid_request, read_api_key, retry_delay
-from ..infra.io import InputError, hash_file, lock_file
+from ..infra import http
+from ..infra.io import InputError, check_shape, hash_file, lock_file, parse_json
 from ..infra.progress import Progress
 from .safetensors_io import write_tensors
 
 HUB = "https://huggingface.co"
 BLOCK = 1 << 16  # bytes written at a time; a broken connection loses less than one block
 MAX_FAILURES = 6  # in a row
+
+
+def check_commit(value) -> None:
+    """A commit becomes a part of file names."""
+    if not re.fullmatch("[0-9a-f]{7,64}", str(value)):
+        raise ValueError("is not a commit")
+
+
+LISTING = {"sha": check_commit, "siblings": [{"rfilename": str}]}
+ENTRY = {"size": range(2**63), "lfs?": {"sha256?": str}}  # of a file to download
 
 
 @dataclass
@@ -50,7 +60,7 @@ def get(url: str, start: int = 0) -> requests.Response:
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    auth = BearerAuth(read_api_key("HF_TOKEN"))
+    auth = http.BearerAuth(http.read_api_key("HF_TOKEN"))
     reply = requests.get(url, headers=headers, auth=auth, stream=True, timeout=30)
     if reply.status_code in (401, 403):
         raise InputError(f"{url}: access denied ({reply.status_code}): the repository does not "
@@ -75,10 +85,11 @@ def retry(attempt, received=lambda: 0):
         except requests.RequestException as error:
             failures = 1 if received() > most else failures + 1
             most = max(most, received())
-            if is_invalid_request(error) or failures > MAX_FAILURES:
+            if http.is_invalid_request(error) or failures > MAX_FAILURES:
                 message = f"{error} (to resume the download, run the same command again)"
                 raise InputError(message) from error
-            time.sleep(retry_delay(failures, getattr(error.response, "headers", None)))
+            headers = getattr(error.response, "headers", None)
+            time.sleep(http.retry_delay(failures, headers, "the hub"))
 
 
 def select_files(names: list[str]) -> list[str]:
@@ -99,16 +110,14 @@ def select_files(names: list[str]) -> list[str]:
 def list_files(hub: str, repository: str, revision: str) -> tuple[str, dict[str, dict]]:
     """The commit of a branch, tag or commit, and the hub's entry of each file to download."""
     url = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
-    listing = retry(lambda: get(url).json())
-    try:
-        entries = {entry["rfilename"]: entry for entry in listing["siblings"]}
-        entries = {name: entries[name] for name in select_files(list(entries))}
-        return str(listing["sha"]), {
-            name: {"size": int(entry["size"]), "sha256": (entry.get("lfs") or {}).get("sha256")}
-            for name, entry in entries.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{url}: the reply is not the hub's list of files ({reason})") from error
+    listing = parse_json(retry(lambda: http.read_body(get(url))), url, LISTING)
+    siblings = {entry["rfilename"]: entry for entry in listing["siblings"]}
+    entries = {}
+    for name in select_files(list(siblings)):
+        entry = siblings[name]
+        check_shape(entry, ENTRY, f"{url}, {name}")
+        entries[name] = {"size": entry["size"], "sha256": (entry.get("lfs") or {}).get("sha256")}
+    return listing["sha"], entries
 
 
 def download(file: RemoteFile, report) -> None:
@@ -122,10 +131,14 @@ def download(file: RemoteFile, report) -> None:
             return
         with get(file.url, start) as reply, open(file.path, "ab") as output:
             if start and reply.status_code != 206:  # the server ignores Range and sends everything
-                output.truncate(0)
+                start = 0
+                output.truncate(start)
             for block in reply.iter_content(BLOCK):
                 output.write(block)
                 report()
+                start += len(block)
+                if start > file.size:  # it may never end
+                    break
             os.fsync(output.fileno())
         if file.received() < file.size:
             raise requests.ConnectionError(
@@ -148,9 +161,14 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
         raise InputError(f"{out} exists already; remove it or choose another --out")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise InputError(f"{repository} is not OWNER/NAME, as in lmsys/vicuna-7b-v1.5")
-    hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    commit, entries = list_files(hub, repository, revision)
+    hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    address = http.parse_address(hub, "HF_ENDPOINT")
+    with http.secrets_hidden(http.find_secrets(http.read_api_key("HF_TOKEN"), address)):
+        fetch_from(hub, repository, out, revision)
 
+
+def fetch_from(hub: str, repository: str, out: Path, revision: str) -> None:
+    commit, entries = list_files(hub, repository, revision)
     # The commit is part of the name, so files of two revisions never mix.
     partial = out.with_name(f".{out.name}.{commit[:12]}.part")
     model = partial / "model"

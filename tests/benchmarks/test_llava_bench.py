@@ -12,7 +12,17 @@ ITEM = {"id": "1", "category": "conv", "question": "What is there?", "context": 
 
 @pytest.mark.parametrize("reply, ours, reference", [
     ("8 6\nGood.", 6, 8), ("8.5, 9\nGood.", 9, 8.5), ("**7/10 8/10**\nGood.", 8, 7),
-    ("\n10 1", 1, 10),
+    ("\n10 1", 1, 10), ("8 6.", 6, 8), ("[8, 6]", 6, 8), ("(8, 6)", 6, 8), ("8 and 6", 6, 8),
+    ("Scores: 8 6\nGood.", 6, 8), ("**Scores:** 8, 6", 6, 8), ("The scores are 8 and 6.", 6, 8),
+    ("### Scores\n8 6\n### Reasons\nGood.", 6, 8), ("| 8 | 6 |", 6, 8), ("8\n6\nGood.", 6, 8),
+    (r"\boxed{8 6}", 6, 8), (r"$\boxed{\text{8 6}}$", 6, 8), ("8 out of 10, 6 out of 10", 6, 8),
+    ("Assistant 1: 8\nAssistant 2: 6\nGood.", 6, 8),
+    ("**Assistant 1:** 8/10\nIt names the cat.\n\n**Assistant 2:** 6/10\nIt does not.", 6, 8),
+    ("Assistant 1's score: 8, Assistant 2's score: 6", 6, 8),
+    ("| Assistant 1 | Assistant 2 |\n|---|---|\n| 8 | 6 |", 6, 8),
+    ("Both are good, and the first is better.\n\nFinal scores: 8 6", 6, 8),
+    ("8 6\nBoth name the 2 cats.\nHelpfulness and detail:\n9 9", 6, 8),
+    ("At first I thought of this:\n5 5\nBut no:\n8 6", 6, 8),
 ])
 def test_grade_assigns_the_two_scores_by_order(reply, ours, reference):
     grade = llava_bench.parse_grade(reply, ours_first=False)
@@ -21,9 +31,10 @@ def test_grade_assigns_the_two_scores_by_order(reply, ours, reference):
 
 
 @pytest.mark.parametrize("reply", ["", "Assistant 1 is better.", "8\nGood.", "8 11\nGood.", "0 5",
-                                   "-1 -1", "7 8 9"])
+                                   "-1 -1", "7 8 9", "8 of 2 6", "Scores: 8",
+                                   "Assistant 1: 8", "They differ by 2 or 3.", "Cats: 2 3 4"])
 def test_reply_without_two_scores_is_rejected(reply):
-    with pytest.raises(ValueError, match="not two scores"):
+    with pytest.raises(ValueError, match="does not name two scores"):
         llava_bench.parse_grade(reply, ours_first=False)
 
 

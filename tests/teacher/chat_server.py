@@ -13,12 +13,13 @@ class Server(ThreadingHTTPServer):
     """Answers /chat/completions with `reply(body)`.
 
     `faults` says what goes wrong with the next answers, one entry each: None, a name (below), or a
-    tuple (status, content). `requests` and `headers` are what has arrived.
+    tuple (status, content), sent with `more_headers`. `requests` and `headers` are what has
+    arrived.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.requests, self.headers = [], [], []
+        self.faults, self.requests, self.headers, self.more_headers = [], [], [], {}
         self.reply = lambda body: "A cat."
         self.closing = threading.Event()  # ends the delay of slow answers
 
@@ -52,6 +53,7 @@ class Handler(ReplyHandler):
         elif isinstance(fault, tuple):
             status, content = fault
             content = content if status == 200 else {"error": content}
-            self.send(status, json.dumps(content).encode(), HEADERS.get(status, {}))
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send(status, content, HEADERS.get(status, {}) | server.more_headers)
         else:
             self.send(200, text)

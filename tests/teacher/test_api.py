@@ -1,9 +1,12 @@
 """The REST client against a server on this machine that has the faults of real ones."""
 
+import gzip
+import json
 import threading
 
 import pytest
 
+from nanollava.infra import http
 from nanollava.infra.io import InputError
 from nanollava.teacher.api import ATTEMPTS, FIRST_ATTEMPTS, Chat
 from nanollava.teacher.ledger import Answer, RequestError
@@ -53,6 +56,74 @@ def test_malformed_usage_does_not_lose_the_answer(chat, server, usage):
     assert answer.text == "A cat." and answer.prompt_tokens > 0 and len(server.requests) == 1
 
 
+def text_part(text, kind="text"):
+    return {"type": kind, kind: text}
+
+
+def chunk(text=None, finish_reason=None, **more):
+    delta = {} if text is None else {"content": text}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return b"data: " + json.dumps({"choices": [choice], "usage": None, **more}).encode() + b"\n\n"
+
+
+STREAM = chunk("") + chunk("A ") + chunk("cat.") + chunk(finish_reason="stop")
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}\n\n'
+
+
+@pytest.mark.parametrize("body, complete", [
+    (content([text_part("A "), text_part("cat.")]), True),
+    (content([text_part([text_part("Hm.")], "thinking"), text_part("A cat.")]), True),
+    (b"\xef\xbb\xbf" + json.dumps(content("A cat.")).encode(), True),
+    (b"\n \n" + json.dumps(content("A cat."), indent=1).encode(), True),
+    (STREAM + USAGE + b"data: [DONE]\n\n", True),
+    (STREAM, True),
+    (STREAM.replace(b"\n", b"\r\n"), True),
+    (b": keep-alive\n\nevent: message\n" + STREAM, True),
+    (chunk("A cat.") + b"data: [DONE]\n\n", True),
+    (chunk("A cat."), False),
+    (chunk("A cat.", "length") + b"data: [DONE]\n\n", False),
+])
+def test_text_is_found_in_every_form_of_reply(chat, server, body, complete):
+    server.faults = [(200, body)]
+    answer = chat(MESSAGES)
+    assert (answer.text, answer.complete, answer.raw) == ("A cat.", complete, "")
+    assert len(server.requests) == 1
+
+
+def test_token_counts_of_a_stream_are_read(chat, server):
+    server.faults = [(200, STREAM + USAGE)]
+    assert chat(MESSAGES) == Answer("A cat.", 10, 3, complete=True)
+
+
+@pytest.mark.parametrize("reason, complete", [
+    ("stop", True), ("eos", True), ("end_turn", True), (None, True), ("STOP", True),
+    ("length", False), ("LENGTH", False), ("max_tokens", False), ("content_filter", False),
+    ("abort", False), ("tool_calls", False), ("", False), (7, False), (["stop"], False),
+])
+def test_reply_is_complete_only_for_known_reasons(chat, server, reason, complete):
+    choice = {"message": {"content": "A cat."}, "finish_reason": reason}
+    server.faults = [(200, {"choices": [choice]})]
+    assert chat(MESSAGES).complete is complete
+
+
+@pytest.mark.parametrize("body", [
+    {"choices": []}, {"choices": None}, {"choices": "A cat."}, {"choices": [{"message": None}]},
+    {"choices": [{"text": "A cat."}]}, content(None), content(7), content(["A cat."]),
+    content({"text": "A cat."}), content([{"type": "text"}]), content([text_part(None)]),
+    {"content": [text_part("A cat.")], "usage": {"input_tokens": 3}},
+    b'{"choices": [{"message": {"content": "A c', b'data: {"choices": [}\n\n',
+    b'data: {"choices": [{"delta": []}]}\n\n', b'{"choices": ' + b"[" * 9999,
+    {"choices": [], "usage": {"prompt_tokens": 10**400}},
+])
+def test_billed_reply_without_text_is_kept_as_it_came(chat, server, body):
+    """It counts against the budget and the tries, and is not bought again and again."""
+    server.faults = [(200, body)]
+    answer = chat(MESSAGES)
+    assert answer.text == "" and len(server.requests) == 1
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert answer.raw == sent.decode() and 0 < answer.completion_tokens < 10**6
+
+
 # ---------------------------------------------------------------------------------------------
 # Retries
 
@@ -69,8 +140,8 @@ def test_temporary_fault_is_retried_with_growing_delays(chat, server, fault):
 
 
 @pytest.mark.parametrize("body", [
-    {"choices": []}, content(["a"]), {"choices": [{"message": None}]}, [], None])
-def test_reply_without_an_answer_is_retried(chat, server, body):
+    [], None, {}, {"detail": "no model is loaded"}, b"", b"<html>Sign in</html>", b"[" * 9999])
+def test_reply_that_nobody_bills_is_retried(chat, server, body):
     server.faults = [(200, body)]
     assert chat(MESSAGES).text == "A cat." and len(server.requests) == 2
 
@@ -147,11 +218,49 @@ def test_options_that_a_model_rejects_are_changed(chat, server):
     ("no temperature", "use max_completion_tokens")])
 def test_options_rejected_for_two_requests_in_flight_fail_neither(chat, problems):
     """The second rejection arrives when the first has already changed the options."""
-    sent = chat.options
+    sent = {**chat.options, "messages": MESSAGES}
     for problem in problems:
-        assert chat.adapt_options(problem, sent) and chat.adapt_options(problem, sent)
+        assert chat.adapt(problem, sent) and chat.adapt(problem, sent)
     assert chat.options == {"max_completion_tokens": 2048}
-    assert not chat.adapt_options("no temperature", chat.options)
+    assert not chat.adapt("no temperature", {**chat.options, "messages": MESSAGES})
+
+
+@pytest.mark.parametrize("status, problem", [
+    (400, "System role not supported"), (500, "Jinja: System role not supported"),
+    (400, "messages[0].role does not support 'system' with this model"),
+    (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+    (422, "Only user and assistant roles are supported!"),
+])
+def test_model_without_a_system_role_reads_its_text_before_the_first_message(
+        chat, server, status, problem):
+    server.faults = [(status, {"message": problem})]
+    for _ in range(2):
+        chat([{"role": "system", "content": "Be short."}, *MESSAGES])
+    assert [body["messages"] for body in server.requests[1:]] == 2 * [
+        [{"role": "user", "content": "Be short.\n\nWhat is there?"}]]
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status, error", [
+    (400, {"message": "the request is too long", "code": "context_length_exceeded"}),
+    (400, {"message": "This model's maximum context length is 2048 tokens. However, you requested "
+                      "2500 tokens (452 in the messages, 2048 in the completion)."}),
+    (400, {"message": "max_tokens is too large: 2048. This model supports at most 1024."}),
+    (400, {"message": "no", "type": "exceed_context_size_error"}),
+    (422, "max_new_tokens must be at most 1024"),
+    (413, {"message": "prompt is too long"}),
+])
+def test_request_that_is_too_long_names_the_flag_that_helps(chat, server, status, error):
+    server.faults = [(status, error)]
+    with pytest.raises(RequestError, match="--max-reply-tokens"):
+        chat(MESSAGES)
+    assert len(server.requests) == 1
+
+
+def test_length_of_the_reply_is_a_setting(server):
+    address = f"http://127.0.0.1:{server.server_port}"
+    Chat("toy", address, max_reply_tokens=99)(MESSAGES)
+    assert server.requests[0]["max_tokens"] == 99
 
 
 def test_unreachable_server_is_reported_soon(monkeypatch):
@@ -184,6 +293,36 @@ def test_key_is_hidden_wherever_a_server_repeats_it(chat, server):
     with pytest.raises(InputError) as caught:
         chat(MESSAGES)
     assert "sk-s" not in str(caught.value)
+
+
+@pytest.mark.parametrize("message", [
+    "no sk-secret", "no pass%40word", "no pass@word", "no letmein", "see ?key=letmein",
+    "ask http://someone:other@host/v1"])
+def test_secrets_of_the_address_are_hidden(server, message):
+    address = f"http://user:pass%40word@127.0.0.1:{server.server_port}/v1?key=letmein"
+    server.faults = [(401, {"message": message})]
+    with pytest.raises(InputError) as caught:
+        Chat("toy", address)(MESSAGES)
+    for secret in ("sk-secret", "pass", "letmein", "someone"):
+        assert secret not in str(caught.value)
+
+
+def test_short_key_of_a_local_server_is_no_secret(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "cat")
+    assert Chat("toy", f"http://me:dogs@127.0.0.1:{server.server_port}")(MESSAGES).text == "A cat."
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", None])
+def test_endless_or_compressed_body_is_not_read_to_the_end(chat, server, monkeypatch, encoding):
+    monkeypatch.setattr(http, "MAX_BODY", 1 << 20)
+    body = json.dumps(content("a" * (3 << 20))).encode()
+    for _ in (encoding or "").split():
+        body = gzip.compress(body)
+    server.faults = [(200, body)]
+    server.more_headers = {"Content-Encoding": encoding} if encoding else {}
+    with pytest.raises(InputError, match="/v1/chat/completions sends more than 1 MB"):
+        chat(MESSAGES)
+    assert len(server.requests) == 1
 
 
 def test_key_is_required_for_openai_alone(monkeypatch):
@@ -222,7 +361,10 @@ def test_path_is_added_to_the_base_url(base_url, url):
     assert Chat("toy", base_url).url == url
 
 
-@pytest.mark.parametrize("base_url", ["localhost:1", "ftp://host", "http://", "http://[::1"])
+@pytest.mark.parametrize("base_url", [
+    "localhost:1", "ftp://host", "http://", "http://[::1", "http://host:0", "http://host:99999",
+    "http//me:letmein@host", "me:letmein@host", ""])
 def test_base_url_must_be_an_address(base_url):
-    with pytest.raises(InputError, match="is not the address of a server"):
+    with pytest.raises(InputError, match="--base-url is not the address of a server") as caught:
         Chat("toy", base_url)
+    assert "letmein" not in str(caught.value)

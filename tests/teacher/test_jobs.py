@@ -229,3 +229,35 @@ def test_only_the_client_imports_requests():
         sys.exit("requests" in sys.modules)"""
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# What is looked at before a reply is parsed
+
+
+@pytest.mark.parametrize("reply, complete, outcome", [
+    ("<think>Hm, a cat?</think>\n\ngood", True, "1: good"),
+    ("<think>\n\n</think>\n\ngood", True, "1: good"),
+    ("Hm, a cat?\n</think>\ngood", True, "1: good"),  # the prompt ended with the opening tag
+    ("<THINKING>bad</THINKING>good", True, "1: good"),
+    ("<think>Hm, <think>deep</think> a cat?</think>good", True, "1: good"),
+    ("good\n<think>Was that right?", True, "1: good"),
+    ("<think>good", True, "the reply has no text"),
+    ("<think>good", False, "the reply was cut off"),
+    (" \n", True, "the reply has no text"),
+    ("", False, "the reply has no text"),
+    ("good", False, "the reply was cut off"),
+    ("bad form", False, "the reply was cut off"),
+    ("bad form", True, "it is a bad form"),
+])
+def test_thoughts_are_removed_and_length_comes_before_form(ledger, reply, complete, outcome):
+    answer = {"text": reply, "complete": complete}
+    result, reason = make_job(ledger).check(1, answer)
+    assert (result or reason) == outcome
+
+
+def test_reply_without_text_is_kept_and_counts(ledger):
+    job = make_job(ledger, [1])
+    job.ask(1, lambda messages: Answer("", 10, 2, False, raw='{"choices": []}'), lambda: True)
+    assert ledger.total_tokens == 12 * TRIES and job.pending() == []
+    assert [row["raw"] for row in ledger[job.key(1)]] == ['{"choices": []}'] * TRIES

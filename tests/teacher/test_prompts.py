@@ -139,6 +139,47 @@ def test_bad_reply_is_rejected_with_a_reason(reply, reason):
         parse(reply)
 
 
+@pytest.mark.parametrize("form, what", [
+    ("{}<|im_end|>", "a control token"), ("{}<|eot_id|>", "a control token"),
+    ("{}</s>", "a control token"), ("<s>{}", "a control token"), ("{}<eos>", "a control token"),
+    ("{}<|endoftext|>", "a control token"), ("{}<end_of_turn>", "a control token"),
+    ("[INST] {} [/INST]", "a control token"), ("<<SYS>>{}", "a control token"),
+    ("{}<\uff5cend\u2581of\u2581sentence\uff5c>", "a control token"),
+    ("{}<|im_end|>\n<|im_start|>user\nThanks!", "a control token"),
+    ("{}\n<|start_header_id|>assistant<|end_header_id|>\n", "a control token"),
+    ("{}\n\nUser: Thanks!\nAssistant: Bye.", "an invented turn"),
+    ("{}\n### Human: Thanks!", "an invented turn"), ("**Assistant:** {}", "an invented turn"),
+    ("ASSISTANT: {}", "an invented turn"),
+    ("```\n{}\n```", "a code fence"), ("```markdown\n{}\n```", "a code fence"),
+    ("Sure! {}", "an introduction"), ("Certainly, {}", "an introduction"),
+    ("Sure! Here is a detailed description:\n\n{}", "an introduction"),
+    ("Here is the description: {}", "an introduction"),
+    ("Here\u2019s a conversation about the picture.\n\n{}", "an introduction"),
+    ("Below is a detailed description.\n{}", "an introduction"),
+    ("Of course. {}", "an introduction"), ("Okay, {}", "an introduction"),
+    ("**Detailed description:**\n\n{}", "an introduction"),
+    ("# The picture\n{}", "an introduction"),
+    ("{}\n\nLet me know if you need more.", "a remark to the user"),
+    ("{}\nI hope this helps!", "a remark to the user"),
+])
+def test_reply_with_more_than_the_data_is_rejected(form, what):
+    with pytest.raises(ValueError, match=what):
+        parse(form.format("A cat sleeps."), "detail")
+    with pytest.raises(ValueError, match=what):
+        parse(form.format(GOOD))
+
+
+@pytest.mark.parametrize("text", [
+    "Here are two cats on a sofa.", "There is a sign: 'Stop'.", "Sure-footed goats climb a rock.",
+    "A user of the computer types.", "A cat, i.e. an animal, is < 1 m tall | long.",
+    "The sign says:\n\nStop", "Two things:\n\n- a cat\n- a dog",
+    "A human stands beside the system of pipes: all of them are old.",
+])
+def test_description_may_use_the_same_words(text):
+    assert texts_of(parse(text, "detail"))[1] == text
+    assert texts_of(parse(answered(text)))[1] == text
+
+
 def test_questions_and_answers_are_not_a_description():
     with pytest.raises(ValueError, match="not a description"):
         parse(GOOD, "detail")

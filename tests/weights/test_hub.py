@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from nanollava import Llava, Tokenizer
+from nanollava.infra import http
 from nanollava.infra.io import InputError
 from nanollava.weights import hub
 from tests.infra.handler import ReplyHandler
@@ -31,7 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.files = {"config.json": b"{}", "tokenizer.model": b"pieces",
                       "model.safetensors": save(WEIGHTS), "README.md": b"read me",
                       "pytorch_model.bin": b"pickled", "tf_model.h5": b"other"}
-        self.faults, self.fault, self.listing = [], None, None
+        self.faults, self.fault, self.listing, self.reason = [], None, None, None
         self.requests, self.keys = [], []
 
     def list_files(self):
@@ -46,6 +47,11 @@ class Handler(ReplyHandler):
         hub = self.server
         fault = hub.faults.pop(0) if hub.faults and "/resolve/" in self.path else hub.fault
         hub.keys.append(self.headers.get("Authorization"))
+        if fault == "broken redirect":
+            location = "ftp://other:letmein@host/x?signature=hf_secret"
+            return self.send(302, b"", {"Location": location})
+        if isinstance(fault, int) and hub.reason:
+            return self.send_error(fault, hub.reason)
         if isinstance(fault, int):
             return self.send(fault, b"", {"Retry-After": "7"} if fault == 429 else {})
         if self.path.startswith("/api/models/someone/model/revision/main"):
@@ -176,12 +182,64 @@ def test_file_shorter_than_announced_is_given_up(server, tmp_path, delays):
     assert len(delays) <= 2 * hub.MAX_FAILURES
 
 
+def listing_of(sha=COMMIT, **entry):
+    siblings = [{"rfilename": name, "size": 9} | entry
+                for name in ("config.json", "model.safetensors")]
+    return json.dumps({"sha": sha, "siblings": siblings}).encode()
+
+
 @pytest.mark.parametrize("listing", [
-    b"[]", b"{}", b'{"sha": "a", "siblings": [{"rfilename": "config.json"}]}', b"3"])
-def test_reply_of_another_kind_of_server_is_refused(server, tmp_path, listing):
+    b"[]", b"{}", b'{"sha": "a", "siblings": [{"rfilename": "config.json"}]}', b"3",
+    b"<html>Sign in</html>", b"\xff", b"[" * 9999, b'{"sha": ' + b"1" * 5000 + b"}",
+    listing_of(sha="../../etc"), listing_of(sha=None), listing_of(sha=""), listing_of(size="9"),
+    listing_of(size=-9), listing_of(size=1e999), listing_of(size=10**20), listing_of(size=None),
+    listing_of(lfs=[]), listing_of(lfs={"sha256": 7}), listing_of(rfilename=7),
+    listing_of(rfilename=["config.json"]),
+])
+def test_reply_of_another_kind_of_server_is_refused(server, tmp_path, delays, listing):
     server.listing = listing
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="someone/model/revision/main|not a model folder"):
         hub.fetch("someone/model", tmp_path / "model")
+    assert not list(tmp_path.iterdir()) and not delays
+
+
+def test_endless_listing_is_not_read_to_the_end(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "MAX_BODY", 1 << 20)
+    server.listing = b" " * (2 << 20) + server.list_files()
+    with pytest.raises(InputError, match="revision/main.* sends more than 1 MB"):
+        hub.fetch("someone/model", tmp_path / "model")
+
+
+def test_file_longer_than_announced_is_not_read_to_the_end(server, tmp_path):
+    url = f"http://127.0.0.1:{server.server_port}/someone/model/resolve/{COMMIT}/model.safetensors"
+    path, sizes = tmp_path / "file", []
+    with pytest.raises(InputError, match="does not have the size"):
+        hub.download(hub.RemoteFile(url, path, 10, None),
+                     lambda: sizes.append(path.stat().st_size))
+    assert len(sizes) == 2  # blocks, one in each of two downloads
+
+
+@pytest.mark.parametrize("fault, status", [
+    (None, None), ("no entry for hf_secret", 500), ("hf_secret", 401), ("letmein", 404)])
+def test_token_and_password_are_in_no_message(
+        server, tmp_path, monkeypatch, capsys, fault, status):
+    """The server repeats them in its reason and in the address that it redirects to."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://me:letmein@127.0.0.1:{server.server_port}")
+    server.reason, server.fault = fault, status or "broken redirect"
+    with pytest.raises(InputError) as caught:
+        hub.fetch("someone/model", tmp_path / "model")
+    message = str(caught.value) + capsys.readouterr().err
+    assert "//" in message
+    assert not any(secret in message for secret in ("hf_secret", "letmein", "signature"))
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "http//me:letmein@host", "file:///etc"])
+def test_endpoint_must_be_an_address(tmp_path, monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(InputError, match="HF_ENDPOINT is not the address of a server") as caught:
+        hub.fetch("someone/model", tmp_path / "model")
+    assert "letmein" not in str(caught.value)
 
 
 def test_files_of_a_killed_conversion_are_removed(server, tmp_path):
