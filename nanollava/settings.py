@@ -5,11 +5,10 @@ batches, and less than an epoch of its toy world. This file does not import torc
 reports mistakes without delay.
 """
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .infra.io import InputError
+from .infra.io import LOCK, InputError, check_writable
 from .weights import hf_config
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -135,11 +134,16 @@ def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dic
 
 def check_out(out: Path, resume: bool) -> None:
     """Raise InputError if a model cannot be written to `out`, or would mix with what is in it."""
-    folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to {out}: {folder} is not a writable folder")
-    if folder == out and any(out.iterdir()) and not resume:
+    check_writable(out, is_folder=True)
+    if out.exists() and {path.name for path in out.iterdir()} - {LOCK} and not resume:
         raise InputError(f"{out} is not empty: continue with --resume, or choose another --out")
+
+
+def check_max_length(max_length: int, tokens_per_image: int) -> None:
+    """Raise InputError if an image alone fills a row."""
+    if max_length <= tokens_per_image:
+        raise InputError(f"--max-length {max_length}: an image alone has {tokens_per_image} "
+                         "tokens; give more")
 
 
 def is_toy_world(arguments) -> bool:

@@ -14,10 +14,15 @@ transformers runs under autocast. Ours computes in bfloat16 too, except on a CPU
 there it trains in float32, and generates in float32 with bfloat16 weights.
 """
 
+from .infra.cli import Parser, format_table, in_range, on_stop_signals, one_line_errors, start
+
+if __name__ == "__main__":
+    start()  # before torch is imported, which takes seconds
+
 import importlib.util
 import multiprocessing
 import re
-import resource
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +35,6 @@ import torch
 
 from .conversation import IGNORE_INDEX
 from .infra import distributed
-from .infra.cli import Parser, format_table, one_line_errors, positive
 from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
@@ -55,7 +59,7 @@ def parse_arguments():
     add("--dtype", choices=("float32", "bfloat16"),
         help="of frozen weights (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the fastest available)")
-    add("--repeat", type=positive(int), default=5,
+    add("--repeat", type=in_range(1, 1000), default=5,
         help="turns of each measurement (default: %(default)s)")
     add("--compile", action="store_true",
         help="compile our blocks, which takes minutes before the first step")
@@ -252,7 +256,8 @@ def race(sides: dict[str, Side], folder: Path, dtype: torch.dtype, device: str,
     for name, side in sides.items():
         print0(f"measuring: memory of {name}")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a new process
-            future = pool.submit(peak_memory, side.training_step, folder, dtype, device)
+            with on_stop_signals(signal.SIG_IGN):  # the process inherits this: it ends with ours
+                future = pool.submit(peak_memory, side.training_step, folder, dtype, device)
             peaks[name] = future.result()
     return results
 
@@ -278,6 +283,8 @@ def peak_memory(make_step: Callable, folder: Path, dtype: torch.dtype, device: s
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, ru_maxrss starts at the value of the parent process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e9
+    import resource  # Windows lacks it
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
 

@@ -1,4 +1,12 @@
-"""Command lines: arguments with examples, flags that must have an effect, one-line errors."""
+"""Command lines: arguments with ranges, flags that must have an effect, one-line errors.
+
+    if __name__ == "__main__":
+        start()  # before slow imports
+    ...
+    if __name__ == "__main__":
+        with one_line_errors():
+            main(parse_arguments())
+"""
 
 import argparse
 import contextlib
@@ -6,9 +14,27 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
-from .io import InputError
-from .progress import IS_RANK0, print0
+from .io import InputError, check_writable
+from .progress import IS_RANK0, print0, print_line
+
+
+def start() -> None:
+    """Begin a command. Until `one_line_errors`, Ctrl-C ends it without a traceback."""
+    for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", "backslashreplace"),
+                               ("stderr", "w", "backslashreplace")):
+        if getattr(sys, name) is None:  # closed: the next file would take its place
+            setattr(sys, name, open(os.devnull, mode))
+        getattr(sys, name).reconfigure(errors=errors)  # what the encoding lacks is escaped
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        # an exception inside an import may be swallowed
+        signal.signal(signal.SIGINT, stop_at_once)
+
+
+def stop_at_once(signum, frame) -> None:
+    print0("stopped")
+    os._exit(128 + signum)
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,8 +45,8 @@ class Parser(argparse.ArgumentParser):
     `check_flags` reads both.
     """
 
-    def __init__(self, doc: str, **options):
-        summary, _, examples = doc.partition("\n\n")
+    def __init__(self, doc: str | None, **options):
+        summary, _, examples = (doc or "").partition("\n\n")  # `python -OO` has no docstrings
         super().__init__(
             description=summary, epilog=examples, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -44,9 +70,9 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def add_command(commands, name: str, doc: str) -> Parser:
+def add_command(commands, name: str, doc: str | None) -> Parser:
     """A command of a parser's `add_subparsers(parser_class=Parser)` with a one-line description."""
-    return commands.add_parser(name, doc=doc, help=doc.rstrip("."))
+    return commands.add_parser(name, doc=doc, help=(doc or "").rstrip("."))
 
 
 def check_flags(arguments, needs: dict, conflicts: dict) -> None:
@@ -69,25 +95,46 @@ def check_flags(arguments, needs: dict, conflicts: dict) -> None:
             raise InputError(f"{flag} has no effect {beside}: {reason}")
 
 
-def positive(number: type):
-    """The type of an argument that must be finite and above zero: int or float."""
+def in_range(low: int | float, high: int | float, *others):
+    """The type of an argument: a number from `low` to `high`, or one of the others.
+
+    The type of `low` is the type of the number.
+    """
+    kind = type(low)
+    limits = f"{low:,} to {high:,}" if kind is int else f"{low:g} to {high:g}"
+    name = "a whole number" if kind is int else "a number"
+    words = "".join(f"{other:g} or " for other in others) + f"{name} from {limits}"
 
     def convert(text: str):
-        value = number(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high or value in others:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
 
-    convert.__name__ = f"positive {number.__name__}"  # argparse: "invalid positive int value: '0'"
     return convert
 
 
-def seed(text: str) -> int:
-    """The type of a --seed argument."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise ValueError
-    return value
+positive = in_range(1, 10**9)  # the type of an argument that nothing else limits
+seed = in_range(0, 2**63 - 1)
+
+
+def out_path(is_folder: bool):
+    """The type of an argument that names an output: it must be writable, before the work starts."""
+
+    def convert(text: str) -> Path:
+        if not text:
+            raise argparse.ArgumentTypeError("the name is empty")
+        try:
+            check_writable(text, is_folder)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return Path(text)
+
+    return convert
+
+
+out_file, out_folder = out_path(is_folder=False), out_path(is_folder=True)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -144,20 +191,44 @@ def one_line_errors():
     """
     try:
         with on_stop_signals(interrupt):
-            yield
-    except InputError as error:
-        if not IS_RANK0:  # all ranks have the same error; torchrun ends them once rank 0 reports it
-            time.sleep(5)
-        # an error from a DataLoader worker arrives behind the worker's traceback
-        message = str(error).rpartition("InputError: ")[2].strip()
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            try:
+                yield
+            finally:
+                flush_output()
     except KeyboardInterrupt as error:
-        print0("\nstopped")
+        print0("stopped")
         sys.exit(128 + next(iter(error.args), signal.SIGINT))
     except BrokenPipeError:  # the reader of our output is gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a full disk, a file where a folder should be, missing permissions
-        print0(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+    except Exception as error:
+        message = user_error(error)
+        if "WORLD_SIZE" in os.environ and not (IS_RANK0 and message):
+            # Most likely another rank caused this error or has it too, and reports it. torchrun
+            # then ends this rank, within a second.
+            time.sleep(5)
+        if message is None:
+            raise
+        print_line(f"error: {message}")
         sys.exit(2)
+
+
+def flush_output() -> None:
+    """Write what `print` has buffered. Python would do so at exit, with a traceback if it fails."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def user_error(error: Exception) -> str | None:
+    """The message for an error that is not a bug of ours, else None.
+
+    An error in a DataLoader worker arrives with the worker's traceback before its message.
+    """
+    if isinstance(error, InputError):
+        return str(error).rpartition("InputError: ")[2].strip()
+    if isinstance(error, OSError):  # a full disk, a file where a folder should be, missing rights
+        reason = error.strerror or str(error).strip().rpartition("\n")[2]
+        return f"{error.filename or 'input or output'}: {reason}"
+    return None

@@ -10,12 +10,13 @@ def best_device(requested: str | None = None) -> str:
     """The requested device, else the fastest available. Raises InputError if it does not exist."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
               "cpu": 1}
-    counts = {name: count for name, count in counts.items() if count}
-    requested = requested or next(iter(counts))
-    name, _, number = requested.partition(":")
-    if name not in counts or number and not (number.isdecimal() and int(number) < counts[name]):
-        raise InputError(f"--device {requested} does not exist here, only {' and '.join(counts)}")
-    return requested
+    names = [name for name, count in counts.items() if count]
+    if requested is None:
+        return names[0]
+    numbered = {f"{name}:{number}" for name in names for number in range(counts[name])}
+    if requested not in numbered.union(names):
+        raise InputError(f"--device {requested} does not exist here, only {' and '.join(names)}")
+    return "cpu" if requested == "cpu:0" else requested
 
 
 def fast_in_bfloat16(device: str) -> bool:

@@ -13,13 +13,15 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from .cli import user_error
+from .device import best_device
 from .io import InputError
 
 
 def init_distributed(device: str) -> str:
     """Join the other ranks, if torchrun started this process. Returns its device: "cuda:3", say.
 
-    Raises InputError if WORLD_SIZE is set by something other than torchrun.
+    Raises InputError if WORLD_SIZE is set by something other than torchrun, or a GPU is missing.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return device
@@ -28,7 +30,7 @@ def init_distributed(device: str) -> str:
         raise InputError(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several "
                          "processes with torchrun")
     if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = best_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     atexit.register(dist.destroy_process_group)
@@ -84,7 +86,7 @@ def on_rank0(function: Callable, *arguments) -> None:
         try:
             function(*arguments)
         except (InputError, OSError) as error:
-            errors = [str(error)]
+            errors = [user_error(error)]
     for message in all_gather_list(errors):
         raise InputError(message)
 

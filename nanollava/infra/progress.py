@@ -1,5 +1,6 @@
 """Messages and a progress line on standard error; standard output is for results only."""
 
+import contextlib
 import os
 import sys
 import time
@@ -7,12 +8,31 @@ import time
 # torchrun sets RANK and WORLD_SIZE; only rank 0 prints
 IS_RANK0 = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 CLEAR_LINE = "\r\033[K"  # terminal codes: carriage return, erase to the end of the line
+START, END = 700, 300  # characters that are kept of a longer message
 
 
-def print0(text: str) -> None:
-    """Print to standard error, on rank 0 only."""
+def printable(text: str) -> str:
+    """A text as one short line that is safe on a terminal. Names and ids in it come from data.
+
+    Line breaks and control characters are escaped; the middle of a long text is left out.
+    """
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                       for char in text)
+    return text if len(text) <= START + END else f"{text[:START]} [...] {text[-END:]}"
+
+
+def print_line(text: str, end: str = "\n") -> None:
+    """Print to standard error. On a terminal, the line replaces a progress line."""
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
+    with contextlib.suppress(OSError):  # the reader is gone: that must not end the run
+        print(clear + printable(text), end=end, file=sys.stderr, flush=True)
+
+
+def print0(text: str, end: str = "\n") -> None:
+    """`print_line` on rank 0 only."""
     if IS_RANK0:
-        print(text, file=sys.stderr, flush=True)
+        print_line(text, end)
 
 
 def format_time(seconds: float) -> str:
@@ -44,7 +64,7 @@ class Progress:
         """Cheap enough to call for every item."""
         self.pending, now = (done, note), time.monotonic()
         terminal = sys.stderr.isatty()
-        if IS_RANK0 and now - self.last_shown >= (0.1 if terminal else 10):
+        if now - self.last_shown >= (0.1 if terminal else 10):
             self.last_shown = now
             self.show(end="" if terminal else "\n")
 
@@ -54,19 +74,12 @@ class Progress:
         left = format_time((self.total - done) / rate) if rate > 0 else "?"
         parts = [self.label, f"{done}/{self.total} {self.unit}", *([note] if note else []),
                  f"{rate:.1f} {self.unit}/s", f"{format_time(elapsed)} elapsed, {left} left"]
-        print(self.clear() + "  ".join(parts), end=end, file=sys.stderr, flush=True)
+        print0("  ".join(parts), end)
         if end:
             self.pending = None
 
-    def write(self, text: str) -> None:
-        """Print a line above the progress line."""
-        print(self.clear() + text, file=sys.stderr, flush=True)
-
-    def clear(self) -> str:
-        return CLEAR_LINE if sys.stderr.isatty() else ""
-
     def __exit__(self, *error) -> None:
-        if self.pending and IS_RANK0:
+        if self.pending:
             self.show(end="\n")
 
 

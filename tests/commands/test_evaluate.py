@@ -23,7 +23,8 @@ REQUIRED = {  # the arguments without which a command does not start
 }
 VALUES = {**dict.fromkeys(("--workers", "--batch-size", "--limit", "--seeds", "--steps", "--jobs",
                            "--max-reply-tokens"), ["2"]),
-          "--dtype": ["float32"], "--split": ["val"], "--both-orders": []}
+          "--dtype": ["float32"], "--split": ["val"], "--both-orders": [], "--run": ["runs"],
+          "--ensemble": ["gpt"]}
 
 
 @pytest.fixture

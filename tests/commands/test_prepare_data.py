@@ -108,8 +108,7 @@ def test_show_without_data_draws_a_row_of_the_toy_world(command, tmp_path):
 
 def test_show_refuses_a_row_that_does_not_exist(error_of, world, tmp_path):
     arguments = "prepare_data", "show", "--data", world / "instruct.json", "--row"
-    for number in (10_000, -1):
-        assert f"--row {number}: " in error_of(*arguments, number)
+    assert "--row 10000: " in error_of(*arguments, 10_000)
     (tmp_path / "empty.json").write_text("[]")
     assert "no rows" in error_of("prepare_data", "show", "--data", "empty.json")
     (tmp_path / "broken.json").write_text('[{"conversations": []}]')

@@ -1,14 +1,21 @@
+import argparse
+import errno
+import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
+from nanollava.infra import cli
 from nanollava.infra.cli import (
     Parser,
     check_flags,
     format_table,
+    in_range,
     one_line_errors,
     percent_table,
-    positive,
 )
 from nanollava.infra.io import InputError
 
@@ -19,7 +26,7 @@ CONFLICTS = {("--lr", "--stage 0"): "stage 0 has its own rate"}
 def parse(*words):
     parser = Parser("A test.\n\n    example")
     parser.add_argument("--stage", type=int, default=0)
-    parser.add_argument("--lr", type=positive(float))
+    parser.add_argument("--lr", type=in_range(0.001, 10.0))
     parser.add_argument("--top", action="store_true")
     parser.add_argument("--data")
     return parser.parse_args(words)
@@ -49,19 +56,96 @@ def test_flags_of_a_subcommand_are_seen():
     assert arguments.typed == {"--lr"} and "--lr 4" in arguments.settings
 
 
-def test_positive_rejects_zero_and_infinity():
-    assert positive(int)("3") == 3
-    for text in ("0", "-1", "inf", "nan"):
-        with pytest.raises(ValueError):
-            positive(float)(text)
+@pytest.mark.parametrize("limits, good, bad, words", [
+    ((1, 5000), ["1", "5000"], ["0", "-1", "5001", "1.5", "", "x", "1e3", "9" * 5000],
+     "is not a whole number from 1 to 5,000"),
+    ((0.5, 10.0), ["0.5", "1e1"], ["0", "1e-320", "11", "inf", "-inf", "nan", "1e308", "x"],
+     "is not a number from 0.5 to 10"),
+    ((0.5, 10.0, 0), ["0", "0.0", "3"], ["0.1", "-1", "nan"], "is not 0 or a number from 0.5"),
+])
+def test_number_outside_its_range_is_refused_with_the_range(limits, good, bad, words):
+    convert = in_range(*limits)
+    for text in good:
+        assert type(convert(text)) is type(limits[0]) and convert(text) == float(text)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"'{text}' {words}")):
+            convert(text)
 
 
-def test_user_error_is_one_line_and_exit_code_2(capsys):
+WORKER = ("Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+          "  File \"data.py\", line 7\n{0}: ")
+
+
+@pytest.mark.parametrize("error, line", [
+    (InputError("row 3 is empty"), "row 3 is empty"),
+    (InputError("no \x1b[2J\n\u2028\udcff.png"), r"no \x1b[2J\n\u2028\udcff.png"),
+    (InputError(WORKER.format("nanollava.infra.io.InputError") + "no a.png"), "no a.png"),
+    (OSError(errno.ENOSPC, "No space", "a.json"), "a.json: No space"),
+    (OSError(WORKER.format("OSError") + "unreadable"), "input or output: OSError: unreadable"),
+])
+def test_error_of_the_user_or_the_system_is_one_line(capsys, error, line):
     with pytest.raises(SystemExit) as exit:
         with one_line_errors():
-            raise InputError("row 3 is empty")
+            raise error
     assert exit.value.code == 2
-    assert capsys.readouterr() == ("", "error: row 3 is empty\n")
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+@pytest.mark.parametrize("rank, error", [
+    ("0", InputError("row 3 is empty")), ("1", InputError("row 3 is empty")),
+    ("0", RuntimeError("Connection closed by peer")), ("1", RuntimeError("Connection closed"))])
+def test_only_rank_0_reports_its_mistake_at_once(monkeypatch, capsys, rank, error):
+    """torchrun ends the others while they wait."""
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "IS_RANK0", rank == "0")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    with pytest.raises((SystemExit, RuntimeError)):
+        with one_line_errors():
+            raise error
+    assert bool(waits) == (rank == "1" or isinstance(error, RuntimeError))
+
+
+START = "from nanollava.infra.cli import print0, signal, start, sys; start()\n"
+
+
+@pytest.mark.parametrize("code, closed, environment, result", [
+    # closed standard streams: the output goes nowhere, and no file takes their place
+    ("print(len(sys.stdin.read())); print0('x')", (0,), {}, (0, "0\n", "x\n")),
+    ("print('x'); print0('y')", (1,), {}, (0, "", "y\n")),
+    ("print('x'); print0('y')", (2,), {}, (0, "x\n", "")),
+    ("print(open(__file__).fileno() > 2)", (0, 2), {}, (0, "True\n", "")),
+    # an encoding without the character
+    ("print('\u2581 \udcff'); print0('\u2581')", (), {"PYTHONIOENCODING": "ascii"},
+     (0, "\\u2581 \\udcff\n", "\\u2581\n")),
+    # input that is not UTF-8
+    ("print(ascii(sys.stdin.readline()))", (), {"PYTHONUTF8": "1"}, (0, "'\\ufffd'\n", "")),
+    # Ctrl-C before main
+    ("signal.raise_signal(signal.SIGINT)", (), {}, (130, "", "stopped\n")),
+])
+def test_start_prepares_streams_and_ctrl_c(tmp_path, code, closed, environment, result):
+    script = tmp_path / "script.py"
+    script.write_text(START + code.encode("unicode_escape").decode())
+    done = subprocess.run(
+        [sys.executable, script], input=b"\xff", capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()} | environment,
+        preexec_fn=lambda: [os.close(descriptor) for descriptor in closed])
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == result
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("target, result", [
+    ("/dev/full", (2, "error: input or output: No space left on device\n")),
+    ("closed pipe", (141, "")),
+])
+def test_output_that_cannot_be_written_is_reported(target, result):
+    code = "from nanollava.infra.cli import *\nwith one_line_errors(): print('x')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(target if target == "/dev/full" else writer, "w") as stdout:
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE,
+                              text=True)
+    assert (done.returncode, done.stderr) == result
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -77,7 +161,7 @@ def test_signal_ends_a_command_as_ctrl_c_does(capsys, monkeypatch, name):
                 kept.append("what there is")
                 raise
     assert (exit.value.code, kept) == (128 + signum, ["what there is"])
-    assert capsys.readouterr() == ("", "\nstopped\n")
+    assert capsys.readouterr() == ("", "stopped\n")
     assert signal.signal(signum, before) is signal.default_int_handler
 
 

@@ -8,8 +8,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def test_missing_device_is_named():
-    assert best_device("cpu") == "cpu"
-    for name in ("cpu:1", "tpu"):
+    assert best_device("cpu") == best_device("cpu:0") == "cpu"
+    for name in ("cpu:1", "tpu", "", "cpu:", "cpu:x", "cpu:-1", "cpu:\u0660", ":0"):
         with pytest.raises(InputError, match=f"--device {name} does not exist here"):
             best_device(name)
 
