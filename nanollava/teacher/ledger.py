@@ -44,7 +44,7 @@ class Ledger(JsonlFile):
 
     # older ledgers say "whole" instead of "complete"
     shape = {"key": str, "text": str, "prompt_tokens": float, "completion_tokens": float,
-             "complete?": bool, "whole?": bool}
+             "complete?": bool, "whole?": bool, "kind?": str, "model?": str}
 
     def __init__(self, path: str | Path):
         super().__init__(path)
