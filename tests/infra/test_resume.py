@@ -193,7 +193,7 @@ def test_model_with_the_lowest_validation_loss_is_kept(arguments, world, tmp_pat
 
 def test_diverged_run_names_the_rows_of_the_step(arguments, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"at step \d+ the loss is .*Its rows: .*data.json, row"):
-        run_train(monkeypatch, *arguments, "--out", tmp_path / "out", "--lr", "1e30")
+        run_train(monkeypatch, *arguments, "--out", tmp_path / "out", "--lr", "100")
 
 
 # ---------------------------------------------------------------------------------------------
