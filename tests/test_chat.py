@@ -83,8 +83,15 @@ def test_each_reply_of_a_batch_ends_where_its_context_is_full(model, tokenizer):
     lengths = tokenize_prompts(model, tokenizer, batch)[1].tolist()
     context = model.config.text.max_position_embeddings = lengths[0] + 3
     piece = tokenizer.encode("cat")
-    model.generate = FixedReply(piece * 99, piece * 99)
+    steps = []
+
+    def generate(tokens, images, max_new_tokens, **_):
+        steps.append(max_new_tokens)
+        return FixedReply(*[piece * max_new_tokens] * 2)(tokens)
+
+    model.generate = generate
     replies = generate_replies(model, tokenizer, batch, image_features=FEATURES, max_new_tokens=99)
+    assert steps == [context - min(lengths)]
     assert [len(tokenizer.encode(reply)) for reply in replies] == \
         [context - length for length in lengths]
 
