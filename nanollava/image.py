@@ -49,7 +49,7 @@ def open_image(path: str | Path, draft: bool = False) -> Image.Image:
             image.load()
             rotation = exif_rotation(image)
             image = scale_16_bits(image)
-            if draft and image.mode == "RGBA":  # always converts, as slowly as it decodes
+            if draft and image.mode in ("RGB", "RGBA"):  # these always convert, but it takes time
                 image = image.crop((0, 0, 1, 1))
             image = to_rgb(image)
             return image if rotation is None else image.transpose(rotation)
