@@ -8,11 +8,10 @@
     python prepare_data.py weights llava-hf/llava-1.5-7b-hf    # download public weights
 """
 
-from nanollava.infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors,
-                                 out_file, out_folder, positive, seed, start)
+from nanollava.infra.start import start
 
 if __name__ == "__main__":
-    start()  # before the imports that take long
+    start()  # before other imports, which take long
 
 import random
 from collections import Counter
@@ -20,6 +19,8 @@ from pathlib import Path
 
 from nanollava import conversation
 from nanollava.benchmarks import scienceqa
+from nanollava.infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors,
+                                 out_file, out_folder, positive, seed)
 from nanollava.infra.io import InputError, check_shape, read_json_list, write_json
 from nanollava.infra.progress import print0
 from nanollava.teacher import prompts

@@ -6,11 +6,16 @@
     python sample.py --model llava-1.5-7b-hf --image photo.jpg --prompt "What is unusual here?"
 """
 
+from nanollava.infra.start import start
+
+if __name__ == "__main__":
+    start()  # before other imports, which take long
+
 import sys
 from pathlib import Path
 
 from nanollava.conversation import IMAGE_TOKEN
-from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed, start
+from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
 
@@ -50,7 +55,6 @@ def parse_arguments():
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    start()
     with one_line_errors():
         arguments = parse_arguments()
 

@@ -13,6 +13,11 @@ The real model starts from CLIP and Vicuna, with the paper's data and settings:
 A "toy" is an LLM with a hidden size below 512; its defaults differ.
 """
 
+from nanollava.infra.start import start
+
+if __name__ == "__main__":
+    start()  # before other imports, which take long
+
 import contextlib
 import hashlib
 import shutil
@@ -22,7 +27,7 @@ from pathlib import Path
 
 from nanollava.conversation import TEMPLATES
 from nanollava.infra.cli import (Parser, check_flags, in_range, one_line_errors, out_folder,
-                                 percent_table, positive, seed, start)
+                                 percent_table, positive, seed)
 from nanollava.infra.io import InputError, hash_file, locked_folder
 from nanollava.infra.progress import print0
 from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_max_length,
@@ -108,7 +113,6 @@ def add_run_flags(add) -> None:
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    start()
     with one_line_errors():
         arguments = parse_arguments()
 

@@ -8,11 +8,10 @@
     python -m nanollava.evaluate report --model runs/stage2 --data test.json --images val2017
 """
 
-from .infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors, out_file,
-                        out_folder, percent_table, positive, start)
+from .infra.start import start
 
 if __name__ == "__main__":
-    start()  # before the imports that take long
+    start()  # before other imports, which take long
 
 import os
 from itertools import islice
@@ -20,6 +19,8 @@ from pathlib import Path
 
 from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
+from .infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors, out_file,
+                        out_folder, percent_table, positive)
 from .infra.io import (InputError, check_writable, locked_folder, path_inside, quote,
                        read_json, read_json_list, read_jsonl, write_json)
 from .infra.progress import print0, progress

@@ -14,10 +14,10 @@ transformers runs under autocast. Ours computes in bfloat16 too, except on a CPU
 there it trains in float32, and generates in float32 with bfloat16 weights.
 """
 
-from .infra.cli import Parser, format_table, in_range, on_stop_signals, one_line_errors, start
+from .infra.start import on_stop_signals, start
 
 if __name__ == "__main__":
-    start()  # before torch is imported, which takes seconds
+    start()  # before other imports, which take long
 
 import importlib.util
 import multiprocessing
@@ -35,6 +35,7 @@ import torch
 
 from .conversation import IGNORE_INDEX
 from .infra import distributed
+from .infra.cli import Parser, format_table, in_range, one_line_errors
 from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0

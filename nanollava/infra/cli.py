@@ -1,12 +1,4 @@
-"""Command lines: arguments with ranges, flags that must have an effect, one-line errors.
-
-    if __name__ == "__main__":
-        start()  # before slow imports
-    ...
-    if __name__ == "__main__":
-        with one_line_errors():
-            main(parse_arguments())
-"""
+"""Command lines: arguments with ranges, flags that must have an effect, one-line errors."""
 
 import argparse
 import contextlib
@@ -18,23 +10,7 @@ from pathlib import Path
 
 from .io import InputError, check_writable
 from .progress import IS_RANK0, print0, print_line
-
-
-def start() -> None:
-    """Begin a command. Until `one_line_errors`, Ctrl-C ends it without a traceback."""
-    for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", "backslashreplace"),
-                               ("stderr", "w", "backslashreplace")):
-        if getattr(sys, name) is None:  # closed: the next file would take its place
-            setattr(sys, name, open(os.devnull, mode))
-        getattr(sys, name).reconfigure(errors=errors)  # what the encoding lacks is escaped
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        # an exception inside an import may be swallowed
-        signal.signal(signal.SIGINT, stop_at_once)
-
-
-def stop_at_once(signum, frame) -> None:
-    print0("stopped")
-    os._exit(128 + signum)
+from .start import interrupt, on_stop_signals
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,26 +137,6 @@ def percent_table(columns: dict[str, dict[str, float]]) -> str:
         cells = (f"{column[name]:.1f}%" if name in column else "" for column in columns.values())
         rows.append([name, *cells])
     return format_table(["", *columns], rows)
-
-
-@contextlib.contextmanager
-def on_stop_signals(handler):
-    """Inside, Ctrl-C, `kill` and a terminal that closes call handler(signum, frame).
-
-    A signal that is ignored, as SIGHUP under nohup, stays ignored.
-    """
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
-    old_handlers = {signum: signal.signal(signum, handler) for signum in signals
-                    if signal.getsignal(signum) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for signum, old_handler in old_handlers.items():
-            signal.signal(signum, old_handler)
-
-
-def interrupt(signum, frame) -> None:
-    raise KeyboardInterrupt(signum)
 
 
 @contextlib.contextmanager

@@ -160,11 +160,11 @@ import runpy, signal, sys
 
 class Finder:
     def find_spec(name, *_):
-        if name in ("torch", "requests"):
+        if name == module:
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Finder)
-sys.argv = sys.argv[1:]
+_, module, *sys.argv = sys.argv
 if sys.argv[0].endswith(".py"):
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:
@@ -173,7 +173,9 @@ else:
 
 
 @pytest.mark.parametrize("words", [
-    "train.py", "sample.py", "prepare_data.py toy", "nanollava.evaluate toy", "nanollava.speed"])
+    "torch train.py", "torch sample.py", "requests prepare_data.py toy", "torch nanollava.speed",
+    "torch prepare_data.py stats x", "requests nanollava.evaluate toy",
+    "torch nanollava.evaluate toy"])
 def test_ctrl_c_during_imports_is_one_line(words):
     done = subprocess.run([sys.executable, "-c", INTERRUPT, *words.split()], cwd=ROOT,
                           capture_output=True, text=True)

@@ -72,8 +72,8 @@ def test_number_outside_its_range_is_refused_with_the_range(limits, good, bad, w
             convert(text)
 
 
-WORKER = ("Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-          "  File \"data.py\", line 7\n{0}: ")
+WORKER = ("Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+          "last):\n  File \"data.py\", line 7\n{0}: ")
 
 
 @pytest.mark.parametrize("error, line", [
@@ -106,7 +106,7 @@ def test_only_rank_0_reports_its_mistake_at_once(monkeypatch, capsys, rank, erro
     assert bool(waits) == (rank == "1" or isinstance(error, RuntimeError))
 
 
-START = "from nanollava.infra.cli import print0, signal, start, sys; start()\n"
+START = "from nanollava.infra.start import print0, signal, start, sys; start()\n"
 
 
 @pytest.mark.parametrize("code, closed, environment, result", [
