@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..conversation import IMAGE_TOKEN
 from ..infra.io import InputError, check_shape, path_inside, quote, read_json
-from ..teacher.jobs import Job
+from ..teacher.jobs import Job, remove_thoughts
 from ..teacher.ledger import Ledger
 
 LETTERS = "ABCDEFGHIJ"
@@ -21,8 +21,8 @@ CATEGORIES = {  # the columns of the paper's tables
     "SOC": lambda problem: problem["subject"] == "social science",
     "LAN": lambda problem: problem["subject"] == "language science",
     "TXT": lambda problem: bool(problem["hint"]),
-    "IMG": lambda problem: bool(problem["image"]),
-    "NO": lambda problem: not problem["hint"] and not problem["image"],
+    "IMG": lambda problem: bool(problem.get("image")),
+    "NO": lambda problem: not problem["hint"] and not problem.get("image"),
     "G1-6": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(1, 7)},
     "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
     "AVG": lambda problem: True,
@@ -124,7 +124,7 @@ def parse_choice(reply: str, problem: dict) -> int | None:
 
     None if the reply names no option by its letter, or one that the problem does not have.
     """
-    reply = reply.replace(r"\boxed", " answer: ").translate(BRACKETS)
+    reply = remove_thoughts(reply).replace(r"\boxed", " answer: ").translate(BRACKETS)
     reply = MARKUP.sub("", reply).strip()
     for pattern in MENTIONS:
         letters = [next(filter(None, match.groups())) for match in pattern.finditer(reply)]

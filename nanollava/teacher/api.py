@@ -90,9 +90,9 @@ class Chat:
 
     def request(self, messages: list[dict]) -> Answer:
         """One attempt. Raises RetryableError or requests.RequestException if it may be repeated."""
-        has_system_role = self.has_system_role
-        request = {"model": self.model, **self.options,
-                   "messages": messages if has_system_role else merge_system(messages)}
+        if not self.has_system_role and messages[0]["role"] == "system":
+            messages = merge_system(messages)
+        request = {"model": self.model, "messages": messages, **self.options}
         reply, body = self.post(request)
         self.server_reached = True
         content = parse_body(body)
@@ -131,7 +131,7 @@ class Chat:
 
         Token counts that the reply does not give are estimated.
         """
-        raw = self.without_key(body.decode("utf-8", "replace")[:MAX_RAW])
+        raw = self.without_key(body.decode("utf-8", "replace"))[:MAX_RAW]
         try:
             text, complete = read_choice(content["choices"][0])
         except (LookupError, TypeError, AttributeError):
@@ -215,7 +215,7 @@ def parse_body(body: bytes) -> dict:
     Some servers stream although no stream was requested: lines of "data:" with a chunk each.
     """
     try:
-        text = body.decode("utf-8-sig")
+        text = body.decode("utf-8-sig", "replace")
         chunks = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
         content = join_chunks(chunks) if chunks else json.loads(text)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

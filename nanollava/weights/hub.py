@@ -33,7 +33,7 @@ MAX_FAILURES = 6  # in a row
 
 def check_commit(value) -> None:
     """A commit becomes a part of file names."""
-    if not re.fullmatch("[0-9a-f]{7,64}", str(value)):
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{7,64}", value)):
         raise ValueError("is not a commit")
 
 

@@ -136,6 +136,9 @@ C is incorrect. {} is correct.
 The answer is not C. The answer is {}.
 The answer is {}.\nBecause C is wrong.
 The answer is {}. It is more formal than option C.
+<think>Is the answer C?</think>{}
+{}</s>
+The answer is {}.<|im_end|>
 """.strip().split("\n")
 LOWER_CASE = ("{}", "({})", "{}.", "Answer: {}", "the answer is {}.", "option {}", "{}) the thing")
 

@@ -75,6 +75,7 @@ USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 10, "completion_token
     (content([text_part([text_part("Hm.")], "thinking"), text_part("A cat.")]), True),
     (b"\xef\xbb\xbf" + json.dumps(content("A cat.")).encode(), True),
     (b"\n \n" + json.dumps(content("A cat."), indent=1).encode(), True),
+    (b'{"choices": [{"message": {"content": "A cat."}}], "x": "\xff"}', True),
     (STREAM + USAGE + b"data: [DONE]\n\n", True),
     (STREAM, True),
     (STREAM.replace(b"\n", b"\r\n"), True),
@@ -121,7 +122,8 @@ def test_billed_reply_without_text_is_kept_as_it_came(chat, server, body):
     answer = chat(MESSAGES)
     assert answer.text == "" and len(server.requests) == 1
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-    assert answer.raw == sent.decode() and 0 < answer.completion_tokens < 10**6
+    assert answer.raw == sent.decode()
+    assert 0 < answer.completion_tokens < 10**6 and 0 < answer.prompt_tokens < 10**6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,6 +241,7 @@ def test_model_without_a_system_role_reads_its_text_before_the_first_message(
     assert [body["messages"] for body in server.requests[1:]] == 2 * [
         [{"role": "user", "content": "Be short.\n\nWhat is there?"}]]
     assert len(server.requests) == 3
+    assert chat(MESSAGES).text == "A cat."  # has no system text
 
 
 @pytest.mark.parametrize("status, error", [

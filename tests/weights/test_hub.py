@@ -191,7 +191,8 @@ def listing_of(sha=COMMIT, **entry):
 @pytest.mark.parametrize("listing", [
     b"[]", b"{}", b'{"sha": "a", "siblings": [{"rfilename": "config.json"}]}', b"3",
     b"<html>Sign in</html>", b"\xff", b"[" * 9999, b'{"sha": ' + b"1" * 5000 + b"}",
-    listing_of(sha="../../etc"), listing_of(sha=None), listing_of(sha=""), listing_of(size="9"),
+    listing_of(sha="../../etc"), listing_of(sha=None), listing_of(sha=10**9),
+    listing_of(sha=""), listing_of(size="9"),
     listing_of(size=-9), listing_of(size=1e999), listing_of(size=10**20), listing_of(size=None),
     listing_of(lfs=[]), listing_of(lfs={"sha256": 7}), listing_of(rfilename=7),
     listing_of(rfilename=["config.json"]),
