@@ -27,11 +27,13 @@ STEPS = 60
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c():
-    """Some shells start background processes with Ctrl-C disabled."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals():
+    """Some shells start background processes with Ctrl-C disabled, and nohup without SIGHUP."""
+    before = {signum: signal.signal(signum, signal.default_int_handler)
+              for signum in (signal.SIGINT, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture
@@ -200,16 +202,18 @@ def test_diverged_run_names_the_rows_of_the_step(arguments, tmp_path, monkeypatc
 # Run
 
 
-def test_signal_saves_a_checkpoint_and_ends_the_program(model, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signal_saves_a_checkpoint_and_ends_the_program(model, tmp_path, name):
+    signum = getattr(signal, name)
     checkpoints = Checkpoints(tmp_path, model, adamw(model, 1e-3), {})
     with pytest.raises(SystemExit) as exit:
         with Run("test", 9, checkpoints) as run:
             for step, _ in run.enumerate(range(9)):
                 if step == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signum)
                 run.log(step, 1.0, 1.0, 1.0, 1)
                 run.save(step, run.stop_requested)
-    assert exit.value.code == 128 + signal.SIGINT
+    assert exit.value.code == 128 + signum
     assert Run("test", 9, checkpoints).start == 3
 
 
