@@ -32,8 +32,9 @@ from nanollava.weights import hf_config, safetensors_io
 
 NOT_JSON = {
     "half an object": b'{"a": 1', "half a list": b"[1,", "half a string": b'"abc',
-    "a word": b"{abc}", "single quotes": b"{'a': 1}", "html": b"<!DOCTYPE html><html>", "two values": b"{} {}",
-    "not UTF-8": b'{"a": "\xff\xfe"}', "UTF-16": '{"a": 1}'.encode("utf-16"), "zeros": bytes(4096),
+    "a word": b"{abc}", "single quotes": b"{'a': 1}", "html": b"<!DOCTYPE html><html>",
+    "two values": b"{} {}", "zeros": bytes(4096), "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "not UTF-8": b'{"a": "\xff\xfe"}',
     "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000,
     "deep and closed": b"[" * 100_000 + b"]" * 100_000, "5,000 digits": b"[" + b"1" * 5000 + b"]",
     "a PNG": b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a comment": b"// a\n[]",

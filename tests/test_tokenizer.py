@@ -1,7 +1,9 @@
 import pytest
+import sentencepiece
 
 from nanollava import Tokenizer
 from nanollava.infra.io import InputError
+from nanollava.tokenizer import open_tokenizer
 
 
 def test_decode_inverts_encode(tokenizer):
@@ -30,3 +32,21 @@ def test_missing_or_invalid_file_is_named_in_the_error(tmp_path):
     (tmp_path / "tokenizer.model").write_text("text")
     with pytest.raises(InputError, match="tokenizer.model is not a SentencePiece model"):
         Tokenizer(tmp_path)
+
+
+def test_tokenizer_without_bos_is_refused(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c"] * 9), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=7, bos_id=-1, minloglevel=2)
+    with pytest.raises(InputError, match="tokenizer.model has no BOS or no EOS token"):
+        Tokenizer(tmp_path)
+
+
+def test_tokenizer_of_another_model_is_refused(tokenizer, config):
+    assert len(open_tokenizer(tokenizer.path, config)) == len(tokenizer)
+    config.image_token_id = 7
+    with pytest.raises(InputError, match="has the token 7, which is the model's image token"):
+        open_tokenizer(tokenizer.path, config)
+    config.text.vocab_size = 400
+    with pytest.raises(InputError, match="tokens, but the model embeds only 400"):
+        open_tokenizer(tokenizer.path, config)

@@ -26,7 +26,7 @@ DECODER = json.JSONDecoder()
 LIST_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # after UTF-8's byte order mark
 SEPARATORS = re.compile(r"[ \t\r\n,]*")  # between two items
 ITEM_END = re.compile(r"[ \t\r\n,\]]")  # follows a complete item: 12 may be the start of 12.5
-KINDS = {str: "text", int: "an integer", float: "a finite number", bool: "true or false",
+KINDS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false",
          type(None): "null", list: "a list", dict: "an object"}
 
 
@@ -235,7 +235,7 @@ def shape_error(value, shape) -> str | None:
         a function                    raises ValueError with what is wrong: "is not ..."
 
         >>> shape_error({"rows": [{"id": 1}, {"id": None}]}, {"rows": [{"id": int | str}]})
-        'rows[1].id must be an integer or text, not null'
+        'rows[1].id must be an integer or a string, not null'
     """
     if fault := find_fault(value, shape):
         place, reason = fault

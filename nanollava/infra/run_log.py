@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from . import distributed
-from .cli import on_stop_signals
 from .io import atomic_write, read_jsonl
 from .progress import Progress, print0
+from .start import on_stop_signals
 
 
 class Run:
@@ -112,7 +112,8 @@ class Run:
             raise SystemExit(128 + signum)
 
 
-ROW = {"step": range(10**12), "loss": float, "elapsed?": float, "val_loss?": float}
+LOSS = (0.0, 1e300)  # finite, and so is what report.html computes from it
+ROW = {"step": range(10**12), "loss": LOSS, "elapsed?": float, "val_loss?": LOSS}
 
 
 def read_log(path: Path, end: float = math.inf) -> list[dict]:

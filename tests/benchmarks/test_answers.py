@@ -97,7 +97,7 @@ def test_question_that_fills_the_context_stays_unanswered(answer, model, questio
 
 @pytest.mark.parametrize("row, message", [
     ({"question_id": 7}, "line 2: it has no 'text'"),
-    ({"question_id": 7, "text": None}, "line 2: text must be text, not null"),
+    ({"question_id": 7, "text": None}, "line 2: text must be a string, not null"),
     ({"question_id": [], "text": "B"}, "line 2: question_id must be")])
 def test_row_that_is_not_an_answer_is_named(questions, tmp_path, row, message):
     (tmp_path / "a").write_text('{"question_id": 7, "text": "B"}\n' + json.dumps(row) + "\n")

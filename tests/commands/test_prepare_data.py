@@ -299,3 +299,11 @@ def test_scienceqa_writes_rows_that_train(command, parts, world, tmp_path):
     code, *_ = command("train", "--stage", 2, *parts, "--data", "sqa.json", "--images", tmp_path,
                        "--out", "run")
     assert code == 0
+
+
+def test_captions_reports_what_it_leaves_out(command, coco, tmp_path):
+    content = read_json(coco[0])
+    content["annotations"].append({"image_id": 10**6, "caption": "A cat."})
+    coco[0].write_text(json.dumps(content))
+    _, _, error = command("prepare_data", "captions", "--captions", coco[0], "--out", "out.json")
+    assert "left out: 1 annotations of images that are not listed\n" in error

@@ -175,6 +175,10 @@ def test_run_with_other_data_weights_or_steps_is_not_resumed(arguments, model, t
     (tmp_path / "other.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match="another run, with data .*, not"):
         run_train(monkeypatch, *arguments, "--resume", "--data", tmp_path / "other.json")
+    with open(tmp_path / "start" / "tokenizer.model", "ab") as file:
+        file.write(b"\xfa\x07\x00")  # a field that SentencePiece does not know: another tokenizer
+    with pytest.raises(InputError, match="another run, with tokenizer .*, not"):
+        run_train(monkeypatch, *arguments, "--resume")
     torch.nn.init.zeros_(model.multi_modal_projector.linear_1.bias)
     model.save_pretrained(tmp_path / "start", [tokenizer.path])  # as if stage 1 had been repeated
     with pytest.raises(InputError, match="another run, with starting weights"):

@@ -89,7 +89,7 @@ def box_row(bbox):
     ({}, box_row([1, 2]), r"annotations\[0\].bbox must be a list of 4, not a list of 2"),
     ({}, box_row([1, 2, float("nan"), 3]), r"bbox\[2\] must be a finite number, not nan"),
     ({"annotations": [{"image_id": 7, "caption": None}]}, {},
-     r"captions.json: annotations\[0\].caption must be text, not null"),
+     r"captions.json: annotations\[0\].caption must be a string, not null"),
     ({"images": None}, {}, "captions.json: images must be a list, not null"),
     ({"annotations": [{"image_id": 7}]}, {}, r"json: annotations\[0\] has no 'caption'"),
     ({}, {"categories": []}, r"instances.json: annotations\[0\] has the category 1, which is not"),

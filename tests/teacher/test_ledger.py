@@ -44,8 +44,8 @@ GOOD = {"key": "a", "text": "b", "prompt_tokens": 1, "completion_tokens": 1, "co
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"key": 1}, "line 1: key must be text"),
-    ({"text": None}, "line 1: text must be text, not null"),
+    ({"key": 1}, "line 1: key must be a string"),
+    ({"text": None}, "line 1: text must be a string, not null"),
     ({"prompt_tokens": "1"}, "line 1: prompt_tokens must be"),
     ({"complete": "yes"}, "line 1: complete must be"),
     ({"complete": None}, "the answer a does not say whether it is complete")])
