@@ -279,7 +279,7 @@ def has_kind(value, shape) -> bool:
 
 
 def describe(shape) -> str:
-    """A shape in words: "an integer or text"."""
+    """A shape in words: "an integer or a string"."""
     if isinstance(shape, tuple):
         return f"a number from {shape[0]:g} to {shape[1]:g}"
     if isinstance(shape, range):
