@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from .io import InputError, check_writable
@@ -158,14 +159,25 @@ def one_line_errors():
         sys.exit(141)
     except Exception as error:
         message = user_error(error)
-        if "WORLD_SIZE" in os.environ and not (IS_RANK0 and message):
-            # Most likely another rank caused this error or has it too, and reports it. torchrun
-            # then ends this rank, within a second.
-            time.sleep(5)
+        if "WORLD_SIZE" in os.environ:
+            end_rank(message)
         if message is None:
             raise
         print_line(f"error: {message}")
         sys.exit(2)
+
+
+def end_rank(message: str | None) -> None:
+    """End one of several processes after an error, whose message it is, if it is not a bug."""
+    if not IS_RANK0 or message is None:
+        # Most likely another rank caused this error or has it too, and reports it. torchrun then
+        # ends this rank, within a second.
+        time.sleep(5)
+    if message is None:
+        traceback.print_exc()
+    else:
+        print_line(f"error: {message}")
+    os._exit(2)  # a normal exit waits for the other ranks, and they wait for this one
 
 
 def flush_output() -> None:
