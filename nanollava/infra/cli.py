@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -151,6 +152,7 @@ def one_line_errors():
             try:
                 yield
             finally:
+                kill_children()
                 flush_output()
     except KeyboardInterrupt as error:
         print0("stopped")
@@ -165,6 +167,15 @@ def one_line_errors():
             raise
         print_line(f"error: {message}")
         sys.exit(2)
+
+
+def kill_children() -> None:
+    """End DataLoader workers. They ignore SIGTERM, and Python would wait for them at exit."""
+    children = multiprocessing.active_children()
+    if children and os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises RuntimeError
+    for child in children:
+        child.kill()
 
 
 def end_rank(message: str | None) -> None:
@@ -199,4 +210,6 @@ def user_error(error: Exception) -> str | None:
     if isinstance(error, OSError):  # a full disk, a file where a folder should be, missing rights
         reason = error.strerror or str(error).strip().rpartition("\n")[2]
         return f"{error.filename or 'input or output'}: {reason}"
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # killed
+        return f"{str(error).strip(' .')}: if memory is short, lower --workers"
     return None

@@ -82,6 +82,8 @@ WORKER = ("Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most 
     (InputError(WORKER.format("nanollava.infra.io.InputError") + "no a.png"), "no a.png"),
     (OSError(errno.ENOSPC, "No space", "a.json"), "a.json: No space"),
     (OSError(WORKER.format("OSError") + "unreadable"), "input or output: OSError: unreadable"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+     "DataLoader worker (pid 7) is killed by signal: Killed: if memory is short, lower --workers"),
 ])
 def test_error_of_the_user_or_the_system_is_one_line(capsys, error, line):
     with pytest.raises(SystemExit) as exit:
@@ -89,6 +91,22 @@ def test_error_of_the_user_or_the_system_is_one_line(capsys, error, line):
             raise error
     assert exit.value.code == 2
     assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+def test_process_that_ignores_sigterm_does_not_delay_the_end(tmp_path):
+    """DataLoader workers are such processes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, signal, time\n"
+        "from nanollava.infra.cli import InputError, one_line_errors\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with one_line_errors():\n"
+        "    multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,), "
+        "daemon=True).start()\n"
+        "    raise InputError('row 3')\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, timeout=20,
+                          env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert (done.returncode, done.stderr) == (2, b"error: row 3\n")
 
 
 @pytest.mark.parametrize("rank, error", [
