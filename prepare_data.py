@@ -39,9 +39,6 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 NEEDS = {"--row": ("--data",)}
 # {(flag, other): why the flag has no effect together with the other}
 CONFLICTS = {("--instances", "--kind conversation"): "conversations are made from captions alone"}
-for _flag in ("--base-url", "--workers", "--max-tokens", "--max-reply-tokens", "--timeout",
-              "--seed"):
-    CONFLICTS[_flag, "--dry-run"] = "a dry run sends no request"
 
 
 def parse_arguments():

@@ -8,7 +8,7 @@ reports mistakes without delay.
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .infra.io import LOCK, InputError, check_writable
+from .infra.io import InputError, check_writable
 from .weights import hf_config
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -26,7 +26,6 @@ LORA_LR = 2e-4  # LLaVA-1.5's for LoRA: ten times the rate of the weights themse
 NEEDS = {
     "--small-llm": ("--stage 0",), "--lora-rank": ("--stage 2",),
     "--images": ("--data",), "--eval-images": ("--eval-data",),
-    "--skip-bad": ("--data", "--eval-data"),
     "--no-gradient-checkpointing": ("--stage 1", "--stage 2", "--plan"),
     "--gpus": ("--plan",),
 }
@@ -36,13 +35,13 @@ for other, reason, flags in (
         ("--stage 0", "the toy CLIP and LLaMA are trained by a fixed recipe",
          "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
          "--max-length --workers --epochs --max-steps --batch-size --micro-batch-size --lr --dtype "
-         "--compile --save-every --plan"),
+         "--compile --save-every --plan --skip-bad"),
         ("--stage None", "the toy run trains a new model on a toy world",
-         "--model --images --eval-data --skip-bad"),
+         "--model --images --eval-data"),
         ("--plan", "a plan opens no files and trains nothing",
          "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
          "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every "
-         "--resume"),
+         "--resume --skip-bad"),
         ("--model", "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
         # the default of stage 2, see train.parse_arguments
         (f"--model {TOY_RUN / 'stage1'}", "stage 2 continues with the one of stage 1",
@@ -97,6 +96,10 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
     vision_tower = arguments.vision_tower or ASSETS / "toy-clip"
     llm = arguments.llm or ASSETS / "toy-llama"
     is_toy = llm_width(arguments.model, vision_tower, llm) < TOY_WIDTH
+    if not is_toy and not arguments.data:
+        raise InputError("--data is missing: only a toy model is trained on the toy world")
+    if not is_toy and not arguments.model and not arguments.vision_tower:
+        raise InputError("--vision-tower is missing: the toy CLIP sees nothing but the toy world")
     if is_toy and arguments.no_gradient_checkpointing:
         raise InputError("--no-gradient-checkpointing has no effect on a toy model: it is always "
                          "trained without")
@@ -135,7 +138,8 @@ def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dic
 def check_out(out: Path, resume: bool) -> None:
     """Raise InputError if a model cannot be written to `out`, or would mix with what is in it."""
     check_writable(out, is_folder=True)
-    if out.exists() and {path.name for path in out.iterdir()} - {LOCK} and not resume:
+    # hidden files are a lock, and what other ranks write to see whether they can
+    if out.exists() and any(path.name[0] != "." for path in out.iterdir()) and not resume:
         raise InputError(f"{out} is not empty: continue with --resume, or choose another --out")
 
 

@@ -58,10 +58,6 @@ def is_refused(name, *flags):
     """The expected behaviour, written independently of the program's own table."""
     if name == "show":
         return "--row" in flags and "--data" not in flags
-    if name == "instruct" and "--dry-run" in flags:
-        if {"--base-url", "--workers", "--max-tokens", "--max-reply-tokens", "--timeout",
-                "--seed"} & set(flags):
-            return True
     return name == "instruct" and "--instances" in flags and "--kind" not in flags
 
 

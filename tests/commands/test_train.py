@@ -123,6 +123,7 @@ def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
     config = {"model_type": "llama", "hidden_size": width}
     write_json(tmp_path / "llm" / "config.json", config)
     arguments = parse("--stage", stage, "--llm", tmp_path / "llm",
+                      "--vision-tower", settings.ASSETS / "toy-clip",
                       "--data", world / "instruct.json", "--images", world / "images")
     chosen = resolve_settings(arguments, stage)
     assert (chosen.epochs, chosen.batch_size, chosen.lr) == (epochs, batch_size, lr)
@@ -171,6 +172,17 @@ def test_length_limit_without_answers_is_reported_before_training(command, parts
                              "--max-length", 20)
     assert code == 2 and "row 0" in error and "raise --max-length" in error
     assert not Path("run").exists()
+
+
+def test_wide_model_is_not_trained_on_the_toy_world(error_of, parts, run_folder, monkeypatch):
+    monkeypatch.setattr(settings, "TOY_WIDTH", 0)
+    for stage in (1, 2):
+        error = error_of("train", "--stage", stage, "--model", run_folder)
+        assert "--data is missing" in error
+    assert "--data is missing" in error_of("train", *parts)
+    error = error_of("train", "--stage", 1, *parts[2:], "--data", run_folder / "config.json",
+                     "--images", ".")
+    assert "--vision-tower is missing" in error
 
 
 def test_rows_that_are_cut_are_counted(command, parts, world):
@@ -293,14 +305,14 @@ def test_each_pair_of_flags_is_refused_exactly_when_the_table_says_so(mode, pars
 
 @pytest.mark.parametrize("mode", ["toy run", "stage 1", "stage 2"])
 def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values, monkeypatch):
-    monkeypatch.setattr(settings, "TOY_WIDTH", 0)  # all models train with gradient checkpointing
     stage = 1 if mode == "stage 1" else 2
     if stage == 1:
         Path("runs").rename("other")  # its --out must be empty
     companions = {
         "--images": ["--data"], "--data": ["--images"], "--skip-bad": ["--data", "--images"],
         "--eval-images": ["--eval-data"], "--projector": ["--llm"], "--feature-layer": ["--llm"]}
-    no_settings = {"--device", "--resume"} if mode == "toy run" else {"--device"}
+    no_settings = {"--device", "--no-gradient-checkpointing"}  # the latter: not for toy models
+    no_settings |= {"--resume"} if mode == "toy run" else set()
     # the device is resolved before the settings; the toy run resumes anyway
     for flag in values.keys() - no_settings:
         others = [] if mode == "toy run" else companions.get(flag, [])
@@ -317,7 +329,7 @@ def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values, mo
 @pytest.mark.parametrize("mode, accepted", [
     ("stage 0", "--small-llm --seed --device --out --resume"),
     ("toy run", "--vision-tower --llm --projector --template --feature-layer --data --max-length "
-     "--workers --epochs --max-steps --batch-size --micro-batch-size --lr --seed --dtype --device "
+     "--skip-bad --workers --epochs --max-steps --batch-size --micro-batch-size --lr --seed --dtype --device "
      "--compile --out --save-every --resume"),
     ("plan of stage 2", "--lora-rank --max-length --epochs --batch-size --micro-batch-size "
      "--no-gradient-checkpointing --gpus"),
@@ -355,7 +367,6 @@ def test_each_flag_that_is_accepted_changes_the_plan(mode, command, values):
     (["--plan", "7b", "--out", "a"], "--out has no effect with --plan"),
     (["--gpus", "8", "--stage", "1"], "--gpus has no effect without --plan"),
     (["--stage", "1", "--images", "a"], "--images has no effect without --data"),
-    (["--stage", "1", "--skip-bad"], "--skip-bad has no effect without --data or --eval-data"),
 ])
 def test_flag_without_effect_is_refused_with_the_reason(error_of, words, message):
     assert error_of("train", *words).startswith(f"error: {message}")
