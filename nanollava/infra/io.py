@@ -132,7 +132,7 @@ def is_abandoned(part: Path) -> bool:
     """Whether the process that wrote a `.NAME.PID@HOST.part` is gone.
 
     The disk may be shared with machines whose processes cannot be looked up, and older versions
-    did not name the machine: such a part is abandoned when nobody has written to it for a day.
+    did not name the machine: such a part is abandoned when it was not written to for a day.
     """
     match = PART_OWNER.search(part.name)
     if not match:
@@ -345,8 +345,8 @@ def scan_json_list(path: str | Path) -> Iterator[tuple]:
             yield item, offset + start, offset + end
             start = end
         if (text[start + 1 :].encode("latin-1") + file.read(CHUNK)).strip():
-            raise InputError(f"{path} goes on after its list, which ends at byte {offset + start}: "
-                             "join several lists into one")
+            raise InputError(f"{path} has text after its list, which ends at byte "
+                             f"{offset + start}: join several lists into one")
 
 
 def decode_item(text: str, start: int):

@@ -63,7 +63,7 @@ class Job:
         return result, [reason for _, reason in checked if reason is not None]
 
     def pending(self) -> list:
-        """The items that have no good answer yet and have tries left.
+        """The items that have no accepted answer yet and have tries left.
 
         Raises InputError if the ledger belongs to another job.
         """

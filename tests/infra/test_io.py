@@ -207,7 +207,7 @@ def test_text_after_a_json_list_is_refused(tmp_path, rest):
     (tmp_path / "a.json").write_text("[1]\n \n")
     assert list(read_json_list(tmp_path / "a.json")) == [1]
     (tmp_path / "a.json").write_text("[1]" + rest)
-    with pytest.raises(InputError, match="a.json goes on after its list, which ends at byte 2"):
+    with pytest.raises(InputError, match="a.json has text after its list, which ends at byte 2"):
         list(read_json_list(tmp_path / "a.json"))
 
 
