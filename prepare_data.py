@@ -21,7 +21,9 @@ from nanollava import conversation
 from nanollava.benchmarks import scienceqa
 from nanollava.infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors,
                                  out_file, out_folder, positive, seed)
-from nanollava.infra.io import InputError, check_shape, read_json_list, write_json
+from nanollava.infra.io import InputError, check_not_input
+from nanollava.infra.json_io import read_json_list, write_json
+from nanollava.infra.shapes import check_shape
 from nanollava.infra.progress import print0
 from nanollava.teacher import prompts
 from nanollava.teacher.api import OPENAI, Chat
@@ -94,7 +96,7 @@ def add_show_arguments(add) -> None:
 
 
 def show_row(arguments) -> None:
-    """Print a row as tokens: green ones are learned, grey ones only read."""
+    """Print a row as tokens: green ones are learned, gray ones only read."""
     name, row = "the toy world", random_row(random.Random())
     if arguments.data:
         rows = list(read_json_list(arguments.data))
@@ -151,6 +153,7 @@ def add_instruct_arguments(add) -> None:
 def ask_teacher(arguments) -> None:
     """Let a language model write instruction data about COCO's images."""
     out, images = arguments.out, read_images(arguments)
+    check_not_input(out)
     path = out.with_name(f"{out.name}.ledger.jsonl")
     if out.exists() and not path.exists():
         raise InputError(f"{out} exists without {path.name} next to it: choose another --out")
@@ -251,6 +254,7 @@ def add_scienceqa_arguments(add) -> None:
 def convert_scienceqa(arguments) -> None:
     """Turn ScienceQA's problems into data for stage 2."""
     rows = scienceqa.read_rows(arguments.data, arguments.split, arguments.order)
+    check_not_input(arguments.out)
     write_json(arguments.out, rows)
     print(arguments.out)
     print0(f"{len(rows)} problems, {sum('image' in row for row in rows)} with an image")

@@ -31,7 +31,7 @@ from nanollava.infra.cli import (Parser, check_flags, in_range, one_line_errors,
 from nanollava.infra.io import InputError, hash_file, locked_folder
 from nanollava.infra.progress import print0
 from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_max_length,
-                                check_out, choose_defaults, resolve_settings)
+                                check_out, choose_defaults, choose_max_length, resolve_settings)
 
 
 def parse_arguments():
@@ -44,7 +44,8 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.stage == 2 and not (arguments.model or arguments.vision_tower or arguments.llm):
         arguments.model = TOY_RUN / "stage1"
-        arguments.settings.add(f"--model {arguments.model}")  # for check_flags
+        # so that check_flags refuses --projector beside this default
+        arguments.settings.add(f"--model {arguments.model}")
     check_flags(arguments, NEEDS, CONFLICTS)
     return arguments
 
@@ -74,8 +75,8 @@ def add_data_flags(add) -> None:
     add("--eval-data", type=Path, metavar="FILE", help="LLaVA JSON for validation: the loss is "
         "logged at every checkpoint, and the best model kept in OUT/best")
     add("--eval-images", type=Path, metavar="FOLDER", help="(default: the first of --images)")
-    add("--max-length", type=positive, default=2048,
-        help="tokens of a row; the rest is cut off (default: 2048)")
+    add("--max-length", type=positive,
+        help="tokens of a row; the rest is cut off (default: 2048, or as many as the LLM reads)")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be trained on")
     add("--workers", type=in_range(0, 64), metavar="N",
         help="processes that read images (default: 8, on a CPU 0)")
@@ -88,7 +89,7 @@ def add_training_flags(add) -> None:
     add("--batch-size", type=in_range(1, 65_536),
         help="rows of a step, on all ranks together (default: 128 and 32; toy: 8 and 16)")
     add("--micro-batch-size", type=in_range(1, 65_536),
-        help="rows that a rank computes at a time (default: its share of a batch)")
+        help="rows that a rank computes at a time, at most (default: its share of a batch)")
     add("--lr", type=in_range(1e-12, 100.0), help="peak learning rate (default: 2e-3 and 2e-5; "
         "toy: 4e-3 and 4e-4; with --lora-rank 2e-4)")
     add("--seed", type=seed, default=0,
@@ -119,10 +120,12 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import torch
 
 from nanollava.benchmarks.report import write_report
-from nanollava.data import Conversations, eval_batches, length_grouped_batches, load_batches
+from nanollava.data import (Conversations, eval_batches, hash_sources, length_grouped_batches,
+                            load_batches)
 from nanollava.infra import distributed
 from nanollava.infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
-from nanollava.infra.resume import Checkpoints
+from nanollava.infra.json_io import write_json
+from nanollava.infra.resume import Checkpoints, check_same_settings
 from nanollava.infra.run_log import Run, read_log
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
@@ -147,7 +150,7 @@ def main(arguments) -> None:
     if not arguments.data:
         distributed.on_rank0(draw_toy_world, arguments.seed)
     if arguments.stage:
-        train_stage(settings[0])
+        run_stage(settings[0])
     else:
         run_toy(arguments, *settings)
 
@@ -161,8 +164,8 @@ def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
     """The toy run: the stages that are missing, then the evaluation."""
     folder = arguments.out or TOY_RUN
     data = arguments.data[0] if arguments.data else TOY_DATA
-    train_stage(replace(stage1, out=folder / "stage1"))
-    train_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1"))
+    run_stage(replace(stage1, out=folder / "stage1"))
+    run_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1"))
     if distributed.rank() == 0:
         print(percent_table(evaluate_run(folder, data, stage2.device)))
         print0(f"look at it in a browser: {folder / 'report.html'}")
@@ -182,36 +185,39 @@ def make_toy_parts(arguments, device: str) -> None:
 
 def print_plan(arguments) -> None:
     """What the paper's stages need."""
-    check_max_length(arguments.max_length, SIZES[arguments.plan].tokens_per_image)
+    size = SIZES[arguments.plan]
+    max_length = choose_max_length(arguments.max_length, size.text.max_position_embeddings)
+    check_max_length(max_length, size.tokens_per_image)
     for stage in [arguments.stage] if arguments.stage else [1, 2]:
         chosen = choose_defaults(arguments, stage, False, arguments.gpus)
         print(f"stage {stage}, {arguments.plan}")
-        print(plan(SIZES[arguments.plan], stage, arguments.gpus, chosen["batch_size"],
-                   chosen["epochs"], arguments.micro_batch_size, arguments.lora_rank,
-                   arguments.max_length, not arguments.no_gradient_checkpointing))
+        print(plan(size, stage, arguments.gpus, chosen["batch_size"], chosen["epochs"],
+                   arguments.micro_batch_size, arguments.lora_rank, max_length,
+                   not arguments.no_gradient_checkpointing))
+
+
+def run_stage(settings: Settings) -> None:
+    """`train_stage`, unless it is finished. No other run may write to the folder meanwhile."""
+    out = settings.out
+    with contextlib.ExitStack() as stack:
+        distributed.on_rank0(stack.enter_context, locked_folder(out))
+        if settings.resume and (out / "config.json").is_file():
+            distributed.on_rank0(check_finished, settings)
+            distributed.on_rank0(remove_leftovers, out)
+            print0(f"{out} is finished")
+        else:
+            train_stage(settings)
 
 
 def train_stage(settings: Settings) -> None:
     """Stage 1 or 2: from a LLaVA, or a CLIP and a LLaMA, to a LLaVA in settings.out."""
     out = settings.out
-    with contextlib.ExitStack() as stack:
-        distributed.on_rank0(stack.enter_context, locked_folder(out))
-        if settings.resume and (out / "config.json").is_file():
-            distributed.on_rank0(remove_leftovers, out)
-            print0(f"{out} is finished")
-        else:
-            make_model(settings)
-
-
-def make_model(settings: Settings) -> None:
-    """Open the model and the data, train, and write the result to settings.out."""
-    out = settings.out
     torch.manual_seed(settings.seed)  # for a new projector and LoRA's matrices
 
     # 1. the model (still memory-mapped on the CPU) and the data
     model, tokenizer = open_model(settings)
-    dataset = open_data(settings.sources, tokenizer, model, settings)
-    val_set = open_data(settings.eval_sources, tokenizer, model, settings)
+    dataset = open_data("training", settings.sources, tokenizer, model, settings)
+    val_set = open_data("validation", settings.eval_sources, tokenizer, model, settings)
 
     # 2. the rows of each step
     num_steps = max(1, round(settings.epochs * len(dataset) / settings.batch_size))
@@ -228,7 +234,7 @@ def make_model(settings: Settings) -> None:
     # 4. train, from the last checkpoint if there is one
     distributed.on_rank0(remove_leftovers, out)
     checkpoints = Checkpoints(out / "resume", model, optimizers,
-                              run_identity(settings, model, dataset, num_steps))
+                              run_identity(settings, dataset, num_steps))
     run = Run(f"stage {settings.stage}", num_steps, checkpoints, out / "log.jsonl",
               settings.save_every)
     batches = load_batches(dataset, rows[run.start :], settings.micro_batch_size, settings.workers)
@@ -237,7 +243,7 @@ def make_model(settings: Settings) -> None:
         train(run, model, batches, optimizers, forward_backward, validate)
 
     # 5. the result
-    distributed.on_rank0(write_loss_curve, settings)
+    distributed.on_rank0(write_records, settings)
     save_model(model, out, tokenizer, settings)
     checkpoints.clear()
 
@@ -256,28 +262,29 @@ def open_model(settings: Settings) -> tuple[Llava, Tokenizer]:
     return model, open_tokenizer(settings.model or settings.llm, model.config)
 
 
-def open_data(sources: list, tokenizer: Tokenizer, model: Llava, settings: Settings):
+def open_data(name: str, sources: list, tokenizer: Tokenizer, model: Llava, settings: Settings):
     """The rows of LLaVA JSON files, checked; None for no files."""
     if not sources:
         return None
-    max_length = min(settings.max_length, model.config.text.max_position_embeddings)
-    check_max_length(max_length, model.config.tokens_per_image)
-    dataset = Conversations(sources, tokenizer, model.config, max_length, settings.skip_bad)
+    check_max_length(settings.max_length, model.config.tokens_per_image)
+    dataset = Conversations(sources, tokenizer, model.config, settings.max_length,
+                            settings.skip_bad)
     if dataset.skipped:
-        print0(f"{dataset.skipped} of {dataset.skipped + len(dataset)} rows are left out: they are "
-               "broken, or their images are")
+        print0(f"{dataset.skipped} of {dataset.skipped + len(dataset)} {name} rows are left out: "
+               "they are broken, or their images are")
     if dataset.truncated:
-        print0(f"{dataset.truncated} of {len(dataset)} rows are longer than {max_length} tokens; "
-               "the end of their answers is cut off")
+        print0(f"{dataset.truncated} of {len(dataset)} {name} rows are longer than "
+               f"{settings.max_length} tokens; the end of their answers is cut off")
     return dataset
 
 
 def prepare_model(model: Llava, settings: Settings) -> None:
-    """Make a model ready for training. Each step changes it from outside."""
+    """Make a model ready for training. Each step wraps or converts it; its code stays the same."""
     freeze(model, settings.stage, settings.lora_rank)
     dtype = best_dtype(settings.device, settings.dtype)
     model.compute_dtype = pick_compute_dtype(dtype, settings.device)
-    # recomputation is innermost, then compilation, then sharding: each wraps the ones before
+    # recomputation is innermost, then compilation, then sharding: each wraps the ones before;
+    # the LLM is sharded block by block, and the rest, ViT and projector too, in one unit
     recompute_swiglu(model.language_model)
     if settings.gradient_checkpointing:
         apply_gradient_checkpointing(model.language_model)
@@ -287,17 +294,22 @@ def prepare_model(model: Llava, settings: Settings) -> None:
                             settings.device)
 
 
-def run_identity(settings: Settings, model: Llava, dataset: Conversations, num_steps: int) -> dict:
-    """What a run must share with its checkpoints, or the result would not be bit-identical."""
+def run_settings(settings: Settings) -> dict:
+    """The settings on which the result depends, as JSON values; the content of files as hashes."""
     start = [settings.model] if settings.model else [settings.vision_tower, settings.llm]
-    weights = " ".join(map(safetensors_io.fingerprint, start))
+    names = ("stage", "projector", "feature_layer", "template", "lora_rank", "max_length",
+             "skip_bad", "epochs", "max_steps", "batch_size", "lr", "seed")
+    return {name: getattr(settings, name) for name in names} | dict(
+        dtype=str(best_dtype(settings.device, settings.dtype)),
+        starting_weights=" ".join(map(safetensors_io.fingerprint, start)),
+        data=hash_sources(settings.sources), validation_data=hash_sources(settings.eval_sources))
+
+
+def run_identity(settings: Settings, dataset: Conversations, num_steps: int) -> dict:
+    """What a run must share with its checkpoints, or the result would not be bit-identical."""
     tokenizer = hash_file(hashlib.sha256(), dataset.tokenizer.path).hexdigest()[:12]
-    return dict(
-        stage=settings.stage, starting_weights=weights, tokenizer=tokenizer, data=dataset.digest,
-        rows=len(dataset), num_steps=num_steps, batch_size=settings.batch_size, lr=settings.lr,
-        seed=settings.seed, lora_rank=settings.lora_rank, template=model.config.template,
-        max_length=dataset.max_length, feature_layer=model.config.feature_layer,
-        dtype=str(best_dtype(settings.device, settings.dtype)))
+    return run_settings(settings) | dict(tokenizer=tokenizer, rows=len(dataset),
+                                         num_steps=num_steps)
 
 
 def validate_stage(model: Llava, val_set: Conversations, tokenizer: Tokenizer, settings: Settings,
@@ -333,9 +345,19 @@ def remove_leftovers(out: Path) -> None:
         shutil.rmtree(out / "resume", ignore_errors=True)
 
 
-def write_loss_curve(settings: Settings) -> None:
-    log = read_log(settings.out / "log.jsonl")
-    write_report(settings.out / "report.html", str(settings.out), {f"Stage {settings.stage}": log})
+def write_records(settings: Settings) -> None:
+    """The settings and the loss curve of a finished run."""
+    out = settings.out
+    write_json(out / "run.json", run_settings(settings), indent=2)
+    log = read_log(out / "log.jsonl")
+    write_report(out / "report.html", str(out), {f"Stage {settings.stage}": log})
+
+
+def check_finished(settings: Settings) -> None:
+    """Raise InputError if a finished run had other settings: what was typed would be ignored."""
+    path = settings.out / "run.json"
+    if path.is_file():  # older versions did not write it
+        check_same_settings(path, run_settings(settings))
 
 
 @contextlib.contextmanager
@@ -345,7 +367,8 @@ def explain_errors(dataset: Conversations, rows: list[list[int]]):
         yield
     except DivergedError as error:
         names = "; ".join(map(dataset.name, rows[error.step]))
-        raise InputError(f"{error}. Its rows: {names}") from error
+        raise InputError(f"{error}; train again with a lower --lr in another --out. Its rows: "
+                         f"{names}") from error
     except torch.OutOfMemoryError as error:
         raise InputError("out of GPU memory: lower --micro-batch-size, train without "
                          "--no-gradient-checkpointing, and see --plan") from error

@@ -1,9 +1,9 @@
 """Conversations to tokens and labels: equation 2, table 2 and equation 3 of the paper.
 
 The model learns to predict the answers and the stop after each answer, nothing else. Tokens and
-labels are built together, piece by piece: each stretch of text between special items (BOS, image,
-stop) is encoded once, and it is a target or it is not. No text is tokenized a second time to find
-where an answer begins.
+labels are built together, stretch by stretch: a stretch is the text between special items (BOS,
+image, stop). It is encoded once, and it is a target or it is not. No text is tokenized a second
+time to find where an answer begins.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Template:
     stop: str | None
 
 
-TEMPLATES = {  # the comment below compares the first two
+TEMPLATES = {  # the first two are compared below
     "v0": Template(
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions.###",
@@ -83,9 +83,9 @@ def tokenize_conversation(turns: list[dict], tokenizer, template: str = "vicuna_
     stop = [tokenizer.eos_id] if words.stop is None else tokenizer.encode(words.stop)
     tokens, labels = [tokenizer.bos_id], [IGNORE_INDEX]
 
-    def add(piece: list[int], learned: bool) -> None:
-        tokens.extend(piece)
-        labels.extend(piece if learned else [IGNORE_INDEX] * len(piece))
+    def add(new: list[int], learned: bool) -> None:
+        tokens.extend(new)
+        labels.extend(new if learned else [IGNORE_INDEX] * len(new))
 
     for number, turn in enumerate(turns):
         text = turn["value"].strip()
@@ -107,7 +107,7 @@ def tokenize_conversation(turns: list[dict], tokenizer, template: str = "vicuna_
 
 
 def visualize_tokens(tokens: list[int], labels: list[int], tokenizer, image_token_id: int) -> str:
-    """The tokens as text for a terminal: learned ones green, others grey, images as `[image]`."""
+    """The tokens as text for a terminal: learned ones green, others gray, images as `[image]`."""
 
     def style(token_and_label) -> tuple[bool, bool]:
         token, label = token_and_label

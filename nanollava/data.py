@@ -1,7 +1,7 @@
 """LLaVA JSON files to batches: rows of {"image": file, "conversations": turns}.
 
-All rows are checked before the first step (data_checks.py). A row is read, tokenized and its images
-are opened when a batch needs it.
+All rows are checked before the first step (data_checks.py). A row is read and tokenized, and its
+images are opened, when a batch needs it.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ from .conversation import IGNORE_INDEX, tokenize_conversation
 from .data_checks import check_row, check_sources, format_errors, row_name
 from .image import open_image, preprocess
 from .infra import distributed
-from .infra.io import InputError, hash_file, path_inside, read_json_item
+from .infra.io import InputError, file_version, hash_file, path_inside
+from .infra.json_io import read_json_item
 
 PAD_ROW = -1  # the index of a row without targets, which fills up a batch
 
@@ -32,13 +33,15 @@ class Conversations(torch.utils.data.Dataset):
     sources: pairs of a JSON file and the folder of its images.
     max_length: tokens of a row, at most what the model reads; the rest is cut off.
     skip_bad: leave out rows that cannot be trained on.
-    Raises InputError, naming file and row, if there are such rows: without an answer, with answers
-    or images beyond max_length, with a wrong number of `<image>`, or with images that do not open.
+    Raises InputError, naming file and row, if there are such rows: without an answer, without one
+    that begins within max_length, with an image beyond it, with a wrong number of `<image>`, or
+    with an image that does not open.
     """
 
     def __init__(self, sources, tokenizer, config, max_length: int = 2048, skip_bad: bool = False):
         self.sources, self.tokenizer, self.config = sources, tokenizer, config
         self.max_length = max_length
+        self.versions = [file_version(path) for path, _ in sources]  # a file must not change
         places, lengths, errors = check_sources(sources, self.tokenize, config, max_length)
         if len(errors) == len(places) or (errors and not skip_bad):
             raise InputError(format_errors(errors, len(places)))
@@ -48,11 +51,6 @@ class Conversations(torch.utils.data.Dataset):
         self.lengths = np.minimum(lengths, max_length)  # (rows,), estimated, see row_length
         self.skipped = len(errors)  # rows that are left out
         self.truncated = int((lengths > max_length).sum())  # rows that are cut off at the end
-        digest = hashlib.sha256()
-        for path, images in sources:
-            digest.update(os.fsencode(Path(images).resolve()))
-            hash_file(digest, path)
-        self.digest = digest.hexdigest()[:12]  # tells a resumed run whether its data is the same
 
     def __len__(self) -> int:
         return len(self.places)
@@ -64,7 +62,7 @@ class Conversations(torch.utils.data.Dataset):
         # 1. read the row from its file
         source, _, start, end = self.places[index]
         path, folder = self.sources[source]
-        turns, files = check_row(read_json_item(path, start, end))
+        turns, files = check_row(read_json_item(path, start, end, self.versions[source]))
         # 2. each `<image>` becomes tokens_per_image image tokens
         tokens, labels = self.tokenize(turns)
         # 3. pixels, one image for each `<image>`
@@ -80,6 +78,15 @@ class Conversations(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         """What a message calls a row: file, row number and id."""
         return row_name(self.sources, self.places[index])
+
+
+def hash_sources(sources) -> str:
+    """A hash of JSON files and the names of their image folders: a run resumes on the same data."""
+    digest = hashlib.sha256()
+    for path, images in sources:
+        digest.update(os.fsencode(Path(images).name))
+        hash_file(digest, path)
+    return digest.hexdigest()[:12]
 
 
 def collate(samples):
@@ -125,8 +132,9 @@ def length_grouped_batches(lengths, batch_size: int, steps: int, seed: int) -> l
 def eval_batches(lengths, batch_size: int) -> list[list[int]]:
     """The rows of each batch for one pass over all rows, from the shortest to the longest.
 
-    The last batch is filled up with PAD_ROW, so that every rank has the same number of rows:
-    5 rows in batches of 4 on 4 ranks are [[3, 1, 4, 0], [2, PAD_ROW, PAD_ROW, PAD_ROW]].
+    PAD_ROWs make the number of rows divisible by the number of ranks, so that all ranks have
+    equally many: 5 rows in batches of 4 on 4 ranks are
+    [[3, 1, 4, 0], [2, PAD_ROW, PAD_ROW, PAD_ROW]].
     """
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
     rows += [PAD_ROW] * (-len(rows) % distributed.world_size())

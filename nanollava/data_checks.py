@@ -13,7 +13,8 @@ from pathlib import Path
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, INSTRUCTION_KINDS, TEMPLATES, check_turns
 from .image import image_error
 from .infra import distributed
-from .infra.io import InputError, path_inside, read_json_item, read_json_list, scan_json_list
+from .infra.io import InputError, path_inside
+from .infra.json_io import read_json_item, read_json_list, scan_json_list
 from .infra.progress import progress
 
 UNREAD = ("images", "video", "videos", "audio")  # what a row must not have: it would be ignored
@@ -124,8 +125,8 @@ def format_errors(errors: dict[int, str], num_rows: int) -> str:
     if len(errors) == 1:
         return quoted + (" (--skip-bad leaves it out)" if num_rows > 1 else "")
     more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
-    return (f"{len(errors)} of {num_rows} rows cannot be used (--skip-bad leaves them out): "
-            f"{quoted}{more}")
+    hint = " (--skip-bad leaves them out)" if len(errors) < num_rows else ""
+    return f"{len(errors)} of {num_rows} rows cannot be used{hint}: {quoted}{more}"
 
 
 def stats(path: Path) -> tuple[dict[str, float], list[str]]:

@@ -21,8 +21,9 @@ from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
 from .infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors, out_file,
                         out_folder, percent_table, positive)
-from .infra.io import (InputError, check_writable, locked_folder, path_inside, quote,
-                       read_json, read_json_list, read_jsonl, write_json)
+from .infra.io import InputError, check_not_input, check_writable, locked_folder, path_inside
+from .infra.json_io import read_json, read_json_list, read_jsonl, write_json
+from .infra.shapes import quote
 from .infra.progress import print0, progress
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
@@ -55,6 +56,7 @@ def main(arguments) -> None:
     text, result = run(arguments)
     print(text)
     if "out" in arguments and arguments.out:
+        check_not_input(arguments.out)
         write_json(arguments.out, result, indent=2)
 
 

@@ -18,6 +18,34 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic
 NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - np.float32([MEAN]).T) / np.float32([STD]).T
 
+def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
+    """An image to normalized float32 pixels (3, size, size).
+
+    The shorter side is resized to `size` (bicubic) and the center is cropped. With `pad` the image
+    is first padded to a square with the mean color, as LLaVA-1.5 does, so that nothing is cropped.
+    """
+    image = to_rgb(image)
+    if pad and image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    # resize, rounding the longer side down
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # crop the center
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3), 0..255
+    # normalize, channels first
+    channels = [NORMALIZED[channel].take(pixels[..., channel]) for channel in range(3)]
+    return torch.from_numpy(np.stack(channels))  # (3, size, size)
+
+
+# ---------------------------------------------------------------------------------------------
+# Opening files of an untrusted data set
+
 # Pixels only. Pillow opens other formats too, and runs Ghostscript, a program, for EPS.
 Image.init()  # an old Pillow lacks AVIF
 FORMATS = [name for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
@@ -103,28 +131,3 @@ def scale_16_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"its pixels ({image.mode}) are not 8 bits, nor from 0 (black) to 65535; "
                          "convert it")
     return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-
-
-def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
-    """An image to normalized float32 pixels (3, size, size).
-
-    The shorter side is resized to `size` (bicubic) and the center is cropped. With `pad` the image
-    is first padded to a square with the mean color, as LLaVA-1.5 does, so that nothing is cropped.
-    """
-    image = to_rgb(image)
-    if pad and image.width != image.height:
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    # resize, rounding the longer side down
-    shorter = min(image.size)
-    width, height = (int(size * side / shorter) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    # crop the center
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3), 0..255
-    # normalize, channels first
-    channels = [NORMALIZED[channel].take(pixels[..., channel]) for channel in range(3)]
-    return torch.from_numpy(np.stack(channels))  # (3, size, size)

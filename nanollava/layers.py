@@ -42,7 +42,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def normal_(tensor: torch.Tensor, std: float = 1.0) -> torch.Tensor:
-    """Fill with normal numbers. Skip meta tensors: normal_ on one imports for a second."""
+    """Fill with normal numbers, except a meta tensor: for one, normal_ imports torch._dynamo, which
+    takes a second."""
     return tensor if tensor.is_meta else tensor.normal_(std=std)
 
 

@@ -39,22 +39,6 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-class LayerCache(NamedTuple):
-    """The cache of one layer: where the next keys and values go, and all of those in use."""
-
-    keys: torch.Tensor  # (B, heads, S, head_dim)
-    values: torch.Tensor
-    positions: torch.Tensor  # (B, T), the slots of the next T tokens
-
-    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, heads, T, head_dim); return the keys and values in use."""
-        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1), goes with positions (B, T)
-        # the indexed dimensions come first: (B, T, heads, head_dim)
-        self.keys[rows, :, self.positions] = k.transpose(1, 2)
-        self.values[rows, :, self.positions] = v.transpose(1, 2)
-        return self.keys, self.values
-
-
 class KVCache:
     """Keys and values of all layers: each token is computed once. Token t of a row is in slot t.
 
@@ -98,10 +82,26 @@ class KVCache:
         self.num_slots = int(lengths.max())
         self.lengths = lengths.to(self.lengths.device)
 
-    def layer(self, number: int, positions: torch.Tensor) -> LayerCache:
-        """One layer's part of the slots in use, for the tokens at `positions`."""
+    def layer(self, number: int, positions: torch.Tensor) -> "LayerCache":
+        """The keys and values of one layer, for the tokens at `positions`."""
         keys, values = self.keys[number], self.values[number]
         return LayerCache(keys[:, :, : self.num_slots], values[:, :, : self.num_slots], positions)
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of a KVCache, without its free slots. `update` writes into the KVCache."""
+
+    keys: torch.Tensor  # (B, heads, S, head_dim)
+    values: torch.Tensor
+    positions: torch.Tensor  # (B, T), the slots of the next T tokens
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, heads, T, head_dim); return the keys and values in use."""
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1), goes with positions (B, T)
+        # the indexed dimensions come first: (B, T, heads, head_dim)
+        self.keys[rows, :, self.positions] = k.transpose(1, 2)
+        self.values[rows, :, self.positions] = v.transpose(1, 2)
+        return self.keys, self.values
 
 
 def rope_cos_sin(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +120,7 @@ def rope_cos_sin(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Te
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (B, heads, T, head_dim): the pair (x[i], x[i + head_dim / 2]) turns by angle i.
 
-    The public weights pair the two halves of a head, not neighbours as in the rotary paper.
+    The public weights pair the two halves of a head, not neighbors as in the rotary paper.
     """
     first, second = x.chunk(2, dim=-1)
     rotated_by_90 = torch.cat([-second, first], dim=-1)

@@ -55,7 +55,7 @@ class MLPProjector(LinearProjector):
         return self.linear_2(F.gelu(self.linear_1(features)))
 
 
-# A new type is added here and nowhere else (docs/training.md has a worked example).
+# A new type needs an entry here and nothing else (docs/training.md has a worked example).
 PROJECTORS = {"linear": LinearProjector, "mlp2x_gelu": MLPProjector}
 
 
@@ -96,7 +96,7 @@ class Llava(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
-        self.compute_dtype = None  # of activations; None: the dtype of the weights
+        self.compute_dtype = None  # the dtype of activations; None: that of the weights
         self.vision_tower = VisionTower(config.vision)
         projector = PROJECTORS[config.projector]
         self.multi_modal_projector = projector(config.vision, config.text.hidden_size)
@@ -138,16 +138,16 @@ class Llava(nn.Module):
         Raises ValueError if their numbers differ.
         """
         is_image = tokens == self.config.image_token_id  # (B, T)
-        rows, columns = is_image.nonzero(as_tuple=True)
+        places = is_image.nonzero()  # (number of image tokens, 2), in reading order
         features = image_features.flatten(0, 1)  # (N * P, D)
-        if len(rows) != len(features):
+        if len(places) != len(features):
             raise ValueError(
-                f"{len(rows)} image tokens in the text, but {len(features)} image features")
+                f"{len(places)} image tokens in the text, but {len(features)} image features")
         # the image token lies past the vocabulary: token 0 stands in for it until it is replaced
         text_tokens = to_device(tokens.masked_fill(is_image, 0), self.device)
         embeds = self.language_model.embed(text_tokens).to(self.dtype)
-        where = to_device(rows, self.device), to_device(columns, self.device)
-        return embeds.index_put(where, features.to(self.dtype))
+        rows, columns = to_device(places, self.device).unbind(dim=1)
+        return embeds.index_put((rows, columns), features.to(self.dtype))
 
     def forward(self, tokens: torch.Tensor, images: torch.Tensor | None = None,
                 labels: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
@@ -193,7 +193,7 @@ class Llava(nn.Module):
         temperature, top_p: as in `sample_next_token`.
         eos_id: a row that has ended keeps yielding it, and generation stops when all rows have
             ended; without it, generation runs for max_new_tokens.
-        lengths: (B,) tokens of each prompt without its padding; None means T.
+        lengths: (B,) tokens of each prompt without its padding, on the CPU; None means T.
         """
         B, T = tokens.shape
         lengths = torch.full((B,), T) if lengths is None else lengths
@@ -218,6 +218,8 @@ class Llava(nn.Module):
             # feed one token a row back; it attends to everything in the cache
             embeds = self.language_model.embed(next_token[:, None]).to(self.dtype)  # (B, 1, D)
             hidden = self.language_model(embeds, cache)
+
+    # Loading and saving: the layouts themselves are in weights/
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":

@@ -22,7 +22,7 @@ ROWS = {1: 595_375, 2: 157_712}  # rows of CC-595K and LLaVA-Instruct-158K
 TEXT_TOKENS = {1: 70, 2: 350}  # text tokens of an average row, about
 TARGETS = {1: 20, 2: 250}  # those of them with a label
 A100_FLOPS = 312e12  # an A100's peak rate in bfloat16, operations per second
-UTILISATION = 0.4  # the share of it that training reaches
+UTILIZATION = 0.4  # the share of it that training reaches
 
 
 def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:
@@ -150,7 +150,7 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
                         gradient_checkpointing=gradient_checkpointing)
     flops = step_flops(model, batch_size, average, targets, gradient_checkpointing)
     steps = round(epochs * ROWS[stage] / batch_size)
-    hours = steps * flops / (gpus * A100_FLOPS * UTILISATION) / 3600
+    hours = steps * flops / (gpus * A100_FLOPS * UTILIZATION) / 3600
     return "\n".join([
         f"parameters      {count_parameters(model) / 1e9:.2f} billion, "
         f"{count_parameters(model, trainable_only=True) / 1e6:,.1f} million of them trainable",
@@ -161,5 +161,5 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
         f"compute         {flops / 1e12:,.0f} TFLOP per step of {batch_size} rows with {average} "
         f"tokens on average, {image_tokens} of them of the image",
         f"time            {hours:.1f} hours for {steps:,} steps on {gpus} GPU{'s' * (gpus > 1)}, "
-        f"at {UTILISATION:.0%} of an A100's {A100_FLOPS / 1e12:.0f} TFLOP/s",
+        f"at {UTILIZATION:.0%} of an A100's {A100_FLOPS / 1e12:.0f} TFLOP/s",
     ])

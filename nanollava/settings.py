@@ -19,8 +19,9 @@ PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
 TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3, save_every=250),
        2: dict(epochs=3, batch_size=16, lr=4e-4, save_every=250)}
 TOY_WORLD_EPOCHS = {1: 0.4, 2: 0.5}
+MAX_LENGTH = 2048  # tokens of a row, if the LLM reads as many
 TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the defaults of TOY
-LORA_LR = 2e-4  # LLaVA-1.5's for LoRA: ten times the rate of the weights themselves
+LORA_LR = 2e-4  # LLaVA-1.5's for LoRA; there the projector has its own rate, 2e-5
 
 # Every flag of train.py acts or is refused. {flag: the flags of which it needs one}:
 NEEDS = {
@@ -29,24 +30,27 @@ NEEDS = {
     "--no-gradient-checkpointing": ("--stage 1", "--stage 2", "--plan"),
     "--gpus": ("--plan",),
 }
-# {(flag, other): why the flag has no effect with the other}
-CONFLICTS = {}
-for other, reason, flags in (
-        ("--stage 0", "the toy CLIP and LLaMA are trained by a fixed recipe",
-         "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
-         "--max-length --workers --epochs --max-steps --batch-size --micro-batch-size --lr --dtype "
-         "--compile --save-every --plan --skip-bad"),
-        ("--stage None", "the toy run trains a new model on a toy world",
-         "--model --images --eval-data"),
-        ("--plan", "a plan opens no files and trains nothing",
-         "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
-         "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every "
-         "--resume --skip-bad"),
-        ("--model", "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
-        # the default of stage 2, see train.parse_arguments
-        (f"--model {TOY_RUN / 'stage1'}", "stage 2 continues with the one of stage 1",
-         "--projector --feature-layer")):
-    CONFLICTS |= {(flag, other): reason for flag in flags.split()}
+# {other: (why flags have no effect beside it, those flags)}
+NO_EFFECT = {
+    "--stage 0": (
+        "the toy CLIP and LLaMA are trained by a fixed recipe",
+        "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
+        "--max-length --workers --epochs --max-steps --batch-size --micro-batch-size --lr --dtype "
+        "--compile --save-every --plan --skip-bad"),
+    "--stage None": (
+        "the toy run trains a new model on a toy world", "--model --images --eval-data"),
+    "--plan": (
+        "a plan opens no files and trains nothing",
+        "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
+        "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every "
+        "--resume --skip-bad"),
+    "--model": (
+        "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
+    f"--model {TOY_RUN / 'stage1'}": (  # the default of stage 2, see train.parse_arguments
+        "stage 2 continues with the one of stage 1", "--projector --feature-layer"),
+}
+CONFLICTS = {(flag, other): reason for other, (reason, flags) in NO_EFFECT.items()
+             for flag in flags.split()}
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
     sources = data_sources(arguments, stage)
     vision_tower = arguments.vision_tower or ASSETS / "toy-clip"
     llm = arguments.llm or ASSETS / "toy-llama"
-    is_toy = llm_width(arguments.model, vision_tower, llm) < TOY_WIDTH
+    llm_config = read_llm_config(arguments.model, vision_tower, llm)
+    is_toy = llm_config["hidden_size"] < TOY_WIDTH
     if not is_toy and not arguments.data:
         raise InputError("--data is missing: only a toy model is trained on the toy world")
     if not is_toy and not arguments.model and not arguments.vision_tower:
@@ -103,22 +108,23 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
     if is_toy and arguments.no_gradient_checkpointing:
         raise InputError("--no-gradient-checkpointing has no effect on a toy model: it is always "
                          "trained without")
-    typed = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
-    return Settings(**typed | choose_defaults(arguments, stage, is_toy, world_size) | dict(
+    from_flags = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
+    return Settings(**from_flags | choose_defaults(arguments, stage, is_toy, world_size) | dict(
         stage=stage, out=out, resume=resume, vision_tower=vision_tower, llm=llm, device=device,
         sources=sources, eval_sources=eval_sources(arguments, sources),
         workers=(0 if device == "cpu" else 8) if arguments.workers is None else arguments.workers,
+        max_length=choose_max_length(arguments.max_length, llm_config["max_position_embeddings"]),
         gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing)))
 
 
-def llm_width(model: Path | None, vision_tower: Path, llm: Path) -> int:
-    """The hidden size of the language model. Raises InputError if a model folder is missing."""
+def read_llm_config(model: Path | None, vision_tower: Path, llm: Path) -> dict:
+    """The fields of the language model's config. Raises InputError if a model folder is missing."""
     if model is None:
         hf_config.read_config(vision_tower, hf_config.vision_config)
-        return hf_config.read_config(llm, hf_config.text_config)["hidden_size"]
+        return hf_config.read_config(llm, hf_config.text_config)
     if not (model / "config.json").is_file():
         raise InputError(f"no model at {model}: train one with --stage 1, or give another --model")
-    return hf_config.read_config(model, hf_config.llava_config)["text"]["hidden_size"]
+    return hf_config.read_config(model, hf_config.llava_config)["text"]
 
 
 def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dict:
@@ -130,8 +136,8 @@ def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dic
         defaults["lr"] = LORA_LR
     chosen = {key: getattr(arguments, key) or value for key, value in defaults.items()}
     if chosen["batch_size"] % world_size:
-        raise InputError(f"--batch-size {chosen['batch_size']} is not divisible by {world_size} "
-                         "processes")
+        raise InputError(f"--batch-size {chosen['batch_size']} is not divisible by {world_size}, "
+                         "the number of ranks, one for each GPU")
     return chosen
 
 
@@ -141,6 +147,13 @@ def check_out(out: Path, resume: bool) -> None:
     # hidden files are a lock, and what other ranks write to see whether they can
     if out.exists() and any(path.name[0] != "." for path in out.iterdir()) and not resume:
         raise InputError(f"{out} is not empty: continue with --resume, or choose another --out")
+
+
+def choose_max_length(typed: int | None, context: int) -> int:
+    """Tokens of a row, for an LLM that reads `context` of them."""
+    if typed and typed > context:
+        raise InputError(f"--max-length {typed}: this model reads at most {context} tokens")
+    return typed or min(MAX_LENGTH, context)
 
 
 def check_max_length(max_length: int, tokens_per_image: int) -> None:
@@ -167,6 +180,8 @@ def data_sources(arguments, stage: int) -> list[tuple[Path, Path]]:
         return [(path, data[0] / "images")]
     for path in data:
         check_file(path)
+    for folder in images:
+        check_folder("--images", folder)
     if arguments.stage is None:
         raise InputError(f"--data {data[0]} needs --stage 1 or --stage 2: the toy run trains on a "
                          "folder of `prepare_data.py toy`")
@@ -183,6 +198,8 @@ def eval_sources(arguments, sources: list[tuple[Path, Path]]) -> list[tuple[Path
     if not arguments.eval_data:
         return []
     check_file(arguments.eval_data)
+    if arguments.eval_images:
+        check_folder("--eval-images", arguments.eval_images)
     return [(arguments.eval_data, arguments.eval_images or sources[0][1])]
 
 
@@ -190,3 +207,8 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"no data at {path}: give LLaVA JSON files, or a folder of "
                          "`prepare_data.py toy`")
+
+
+def check_folder(flag: str, path: Path) -> None:
+    if not path.is_dir():
+        raise InputError(f"{flag} {path}: there is no such folder")

@@ -24,18 +24,21 @@ class DivergedError(InputError):
     """The loss or the gradient of a step is not finite."""
 
     def __init__(self, label: str, step: int, loss: float, grad_norm: float):
-        super().__init__(f"{label}: at step {step} the loss is {loss} and the gradient norm "
-                         f"{grad_norm}; train again with a lower --lr in another --out")
+        super().__init__(
+            f"{label}: at step {step} the loss is {loss} and the gradient norm {grad_norm}")
         self.step = step
 
 
 def train(run: Run, model: nn.Module, batches: Iterable, optimizers: list[torch.optim.Optimizer],
-          forward_backward: Callable, validate: Callable | None = None) -> None:
+          compute_gradients: Callable, validate: Callable | None = None) -> None:
     """Take one optimizer step for each batch.
 
-    forward_backward(model, batch, device) adds to the gradients, and returns the loss, a scalar
-    tensor, and the number of tokens, both of all ranks. validate(best_loss) returns the loss on
-    validation rows. Raises DivergedError before the weights are changed.
+    run: yields the steps that are left, logs, saves checkpoints, notes signals (infra/run_log.py).
+    compute_gradients(model, batch, device): adds to the gradients, and returns the loss, a scalar
+        tensor, and the number of tokens, both of all ranks: `forward_backward`, or stage 0's own.
+    validate(best_loss): measures the validation loss, saves the model if that is below best_loss,
+        and returns it.
+    Raises DivergedError before the weights are changed.
     """
     weights = [weight for optimizer in optimizers for group in optimizer.param_groups
                for weight in group["params"]]
@@ -47,7 +50,7 @@ def train(run: Run, model: nn.Module, batches: Iterable, optimizers: list[torch.
             for optimizer, peak_lr in zip(optimizers, peak_lrs):
                 lr = optimizer.param_groups[0]["lr"] = learning_rate(step, run.num_steps, peak_lr)
             # 2. forward and backward
-            loss, num_tokens = forward_backward(model, batch, device)
+            loss, num_tokens = compute_gradients(model, batch, device)
             # 3. scale the gradient to norm 1 if it is longer
             grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(weights, 1.0))
             # 4. read the results, the only GPU sync of a step; a signal to one rank stops all
@@ -149,7 +152,10 @@ def recompute_swiglu(llama: nn.Module) -> None:
 
 
 def swiglu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """MLP.forward of llama.py in two steps, the second of which is recomputed."""
+    """MLP.forward of llama.py in two steps, the second of which is recomputed.
+
+    The second ends with down_proj, but backward needs only its input: PyTorch stops before it.
+    """
     return recompute(partial(swiglu_product, mlp), mlp.gate_proj(x), mlp.up_proj(x))
 
 

@@ -39,7 +39,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-class Embeddings(nn.Module):
+class VisionEmbeddings(nn.Module):
     """Images to vectors: a linear map of each patch, a class token in front, learned positions."""
 
     def __init__(self, config: VisionConfig):
@@ -65,10 +65,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, D / heads)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        # a query, a key and a value for each token and head
+        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         # every patch attends to every other; only CLIP's text tower (toy/clip.py) is causal
         attn_out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         return self.out_proj(attn_out.transpose(1, 2).reshape(B, T, D))
@@ -85,8 +84,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. CLIP's text tower has the same blocks, with causal
-    attention."""
+    """A pre-norm transformer block. CLIP's text tower has the same, with causal attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -113,7 +111,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.embeddings = Embeddings(config)
+        self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = LayerNorm(D, eps)  # the misspelling is that of the public files
         self.encoder = Encoder(config)
         self.post_layernorm = LayerNorm(D, eps)  # for CLIP's own loss; LLaVA does not use it

@@ -19,7 +19,8 @@ from PIL import Image
 from nanollava.benchmarks import llava_bench, scienceqa
 from nanollava.benchmarks.answers import read_answers
 from nanollava.data import Conversations
-from nanollava.infra.io import InputError, read_json_list, read_jsonl
+from nanollava.infra.io import InputError
+from nanollava.infra.json_io import read_json_list, read_jsonl
 from nanollava.infra.resume import Checkpoints
 from nanollava.infra.run_log import read_log
 from nanollava.llava import LlavaConfig

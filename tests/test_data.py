@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nanollava.data import (
     Conversations,
     collate,
     eval_batches,
+    hash_sources,
     length_grouped_batches,
     load_batches,
 )
@@ -109,18 +111,28 @@ def test_dataset_holds_places_of_rows_not_rows(load):
     assert (many - few) / 1000 < 50 < len(json.dumps(ROW))
 
 
-def test_digest_changes_with_rows_and_image_folder(load, tokenizer, config, tmp_path):
-    one, same, other = load([TEXT_ROW]), load([TEXT_ROW]), load([TEXT_ROW] * 2)
-    elsewhere = Conversations([(tmp_path / "chat.json", tmp_path)], tokenizer, config)
-    assert one.digest == same.digest
-    assert len({one.digest, other.digest, elsewhere.digest}) == 3
+def test_hash_of_sources_changes_with_rows_and_image_folder_but_not_with_their_place(tmp_path):
+    paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    for path, rows in zip(paths, ([TEXT_ROW], [TEXT_ROW], [TEXT_ROW] * 2)):
+        path.write_text(json.dumps(rows))
+    a, b, c = ((path, tmp_path / "images") for path in paths)
+    moved, other_images = (paths[0], Path("moved", "images")), (paths[0], tmp_path)
+    assert hash_sources([a]) == hash_sources([b]) == hash_sources([moved])
+    assert len({hash_sources(pairs) for pairs in ([a], [c], [other_images], [a, b], [])}) == 5
 
 
-def test_file_that_changes_during_training_is_an_error(load, tmp_path):
+@pytest.mark.parametrize("change", [
+    lambda path: path.write_text(" " * 10 + path.read_text()),
+    lambda path: path.write_text(path.read_text().replace("A cat.", "A dog.")),
+    lambda path: path.write_text(path.read_text().replace('"conversations"', '"conversation5"')),
+    lambda path: path.unlink(),
+])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_file_that_changes_during_training_is_an_error(load, tmp_path, change, workers):
     dataset = load([ROW, ROW])
-    (tmp_path / "chat.json").write_text(" " * 10 + json.dumps([ROW, ROW]))
-    with pytest.raises(InputError, match="chat.json has changed"):
-        dataset[1]
+    change(tmp_path / "chat.json")
+    with pytest.raises(InputError, match="chat.json(:| has changed)"):
+        list(load_batches(dataset, [[0, 1]], workers=workers))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -73,10 +73,10 @@ def test_training_does_not_import_requests():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("tests/**/*.py"))], ids=module_name)
 def test_lines_have_at_most_100_columns(path):
-    long = [number for number, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 100]
-    assert not long
+    lines = enumerate(path.read_text().split("\n"), 1)
+    assert not [number for number, line in lines if len(line) > 100]
 
 
 @pytest.mark.parametrize("path", BOOK, ids=module_name)

@@ -31,9 +31,10 @@ def test_rotary_scores_depend_on_the_distance_only():
 
 
 def test_rotary_embedding_turns_each_pair_of_the_two_halves():
-    x, config = torch.tensor([1.0, 0.0, 0.0, 1.0]), LlamaConfig(hidden_size=4, num_attention_heads=1)
+    x, config = torch.tensor([1.0, 0, 0, 1]), LlamaConfig(hidden_size=4, num_attention_heads=1)
     y = apply_rotary_emb(x.view(1, 1, 1, 4), *rope_cos_sin(torch.tensor([[1]]), config)).flatten()
-    fast, slow = torch.tensor(1.0), torch.tensor(0.01)  # angles at position 1: 10000^0 and 10000^-(2/4)
+    # the angles at position 1: 10000^0 and 10000^-(2/4)
+    fast, slow = torch.tensor(1.0), torch.tensor(0.01)
     expected = torch.stack([fast.cos(), -slow.sin(), fast.sin(), slow.cos()])
     torch.testing.assert_close(y, expected)
 

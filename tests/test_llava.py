@@ -16,7 +16,13 @@ from nanollava.plan import count_parameters
 def prompt(model, *parts):
     """One row (1, T) of token ids; "image" stands for all tokens of an image."""
     row = [model.config.image_token_id] * model.config.tokens_per_image
-    return torch.tensor([[token for part in parts for token in (row if part == "image" else [part])]])
+    tokens = [token for part in parts for token in (row if part == "image" else [part])]
+    return torch.tensor([tokens])
+
+
+def generate(model, tokens, **options) -> list[list[int]]:
+    """The new tokens of each row."""
+    return torch.stack(list(model.generate(tokens, **options)), dim=1).tolist()
 
 
 def test_image_features_take_the_places_of_their_tokens(model):
@@ -57,6 +63,20 @@ def test_loss_is_the_mean_over_labels(model):
     torch.testing.assert_close(model(tokens, labels=labels, reduction="sum"), 2 * expected)
 
 
+def test_first_label_of_a_row_is_never_a_target(model):
+    tokens = prompt(model, 1, 5, 6, 7)
+    labels, without_first = tokens.clone(), tokens.clone()
+    without_first[:, 0] = IGNORE_INDEX  # nothing comes before it that could predict it
+    torch.testing.assert_close(model(tokens, labels=labels), model(tokens, labels=without_first))
+
+
+def test_loss_over_no_targets_is_zero_and_has_gradients(model):
+    tokens = prompt(model, 1, "image", 5)
+    loss = model(tokens, torch.randn(1, 3, 32, 32), labels=torch.full_like(tokens, IGNORE_INDEX))
+    loss.backward()
+    assert loss == 0 and model.multi_modal_projector.linear_1.weight.grad.abs().sum() == 0
+
+
 def test_generation_takes_the_likeliest_token_each_step(model):
     images = torch.randn(1, 3, 32, 32)
     tokens = prompt(model, 1, "image", 5)
@@ -70,25 +90,25 @@ def test_ragged_prompts_generate_the_same_as_single_ones(model):
     long, short = prompt(model, 1, 5, 6, 7, 8), prompt(model, 1, 9)
     tokens = torch.zeros(2, 5, dtype=torch.long)
     tokens[0], tokens[1, :2] = long, short
-    together = torch.stack(list(model.generate(tokens, max_new_tokens=4, lengths=torch.tensor([5, 2]))), dim=1)
+    together = generate(model, tokens, max_new_tokens=4, lengths=torch.tensor([5, 2]))
     for row, alone in enumerate((long, short)):
-        assert together[row].tolist() == [int(token) for token in model.generate(alone, max_new_tokens=4)]
+        assert together[row] == generate(model, alone, max_new_tokens=4)[0]
 
 
 def test_generation_stops_when_all_rows_have_ended(model):
     tokens = prompt(model, 1, 5)
     first = int(next(model.generate(tokens, max_new_tokens=1)))
-    assert [int(token) for token in model.generate(tokens, max_new_tokens=9, eos_id=first)] == [first]
+    assert generate(model, tokens, max_new_tokens=9, eos_id=first) == [[first]]
 
 
 def test_ended_row_yields_eos_until_all_have_ended(model):
     one, other = prompt(model, 1, 5), prompt(model, 1, 9)
-    tokens_out = [[int(token) for token in model.generate(row, max_new_tokens=6)] for row in (one, other)]
+    tokens_out = [generate(model, row, max_new_tokens=6)[0] for row in (one, other)]
     eos = next(token for token in tokens_out[0] if token not in tokens_out[1])
     end = tokens_out[0].index(eos)
-    together = torch.stack(list(model.generate(torch.cat([one, other]), max_new_tokens=6, eos_id=eos)), dim=1)
-    assert together[0].tolist() == tokens_out[0][: end + 1] + [eos] * (5 - end)
-    assert together[1].tolist() == tokens_out[1]
+    together = generate(model, torch.cat([one, other]), max_new_tokens=6, eos_id=eos)
+    assert together[0] == tokens_out[0][: end + 1] + [eos] * (5 - end)
+    assert together[1] == tokens_out[1]
 
 
 def test_compiled_model_is_equal_and_no_length_needs_its_own_graph(model, monkeypatch):
@@ -98,7 +118,8 @@ def test_compiled_model_is_equal_and_no_length_needs_its_own_graph(model, monkey
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # inductor takes minutes
+    # the default backend, inductor, takes minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(cpu, "MIN_NUMEL", 1)
     model.config.text.num_hidden_layers = 3  # one in the middle, too
     images = torch.randn(2, 3, 32, 32)
@@ -111,7 +132,8 @@ def test_compiled_model_is_equal_and_no_length_needs_its_own_graph(model, monkey
                 labels = tokens.where(tokens < 32, IGNORE_INDEX)
                 model.zero_grad()
                 model(tokens, images[:rows], labels).backward()
-                found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+                found += [parameter.grad.clone() for parameter in model.parameters()
+                          if parameter.grad is not None]
                 with torch.no_grad():
                     found.append(model(tokens, images[:rows], labels))
                 found += list(model.generate(tokens, images[:rows], max_new_tokens=5))
@@ -139,7 +161,8 @@ def test_each_target_costs_one_head_and_the_last_mlp(model):
         return flops.get_total_flops()
 
     costs, text = [operations(targets) for targets in (4, 12, 20)], model.config.text
-    each = text.vocab_size * text.hidden_size + count_parameters(model.language_model.model.layers[-1].mlp)
+    last_mlp = model.language_model.model.layers[-1].mlp
+    each = text.vocab_size * text.hidden_size + count_parameters(last_mlp)
     assert costs[2] - costs[1] == costs[1] - costs[0] == 8 * 6 * each
 
 
@@ -156,6 +179,14 @@ def test_top_p_keeps_the_likeliest():
     drawn = {int(sample_next_token(logits, temperature=1.0, top_p=0.6)) for _ in range(100)}
     assert drawn == {0, 1}
     assert int(sample_next_token(logits, temperature=1.0, top_p=0.0)) == 0
+    halves = torch.tensor([[0.5, 0.25, 0.25]]).log()  # exact in binary: the first alone makes 0.5
+    assert {int(sample_next_token(halves, 1.0, top_p=0.5)) for _ in range(50)} == {0}
+
+
+def test_smallest_temperature_takes_the_likeliest():
+    logits = torch.tensor([[1000.0, 999.0, -1000.0]])
+    assert int(sample_next_token(logits, temperature=1e-3, top_p=1.0)) == 0
+    assert int(sample_next_token(logits - 5000, temperature=1e-30, top_p=1.0)) == 0
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
@@ -172,7 +203,7 @@ def test_saved_model_opens_unchanged(model, tokenizer, tmp_path, projector):
 
 
 def test_unknown_projector_is_refused(model):
-    with pytest.raises(InputError, match="projector 'resampler' is unknown, only linear, mlp2x_gelu"):
+    with pytest.raises(InputError, match="projector 'resampler' is unknown, only linear"):
         type(model.config)(model.config.vision, model.config.text, projector="resampler")
 
 

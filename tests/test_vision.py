@@ -2,8 +2,8 @@ import torch
 
 from nanollava.vision import VisionConfig, VisionTower, quick_gelu
 
-TINY = VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                    num_attention_heads=2)
+TINY = VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32,
+                    num_hidden_layers=3, num_attention_heads=2)
 
 
 def test_image_becomes_a_class_token_and_patches():
@@ -36,7 +36,8 @@ def test_block_matches_torch_encoder_layer():
     names = {
         "self_attn.in_proj_weight": torch.cat([part.weight for part in three]),
         "self_attn.in_proj_bias": torch.cat([part.bias for part in three]),
-        "self_attn.out_proj.weight": attention.out_proj.weight, "self_attn.out_proj.bias": attention.out_proj.bias,
+        "self_attn.out_proj.weight": attention.out_proj.weight,
+        "self_attn.out_proj.bias": attention.out_proj.bias,
         "linear1.weight": ours.mlp.fc1.weight, "linear1.bias": ours.mlp.fc1.bias,
         "linear2.weight": ours.mlp.fc2.weight, "linear2.bias": ours.mlp.fc2.bias,
         "norm1.weight": ours.layer_norm1.weight, "norm1.bias": ours.layer_norm1.bias,

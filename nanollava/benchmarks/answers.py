@@ -11,7 +11,8 @@ import torch
 
 from ..chat import TooLongError, generate_replies, tokenize_prompts
 from ..image import open_image, preprocess
-from ..infra.io import hash_file, read_jsonl, reading
+from ..infra.io import hash_file, reading
+from ..infra.json_io import read_jsonl
 from ..infra.jsonl import JsonlFile
 from ..infra.progress import Progress, print0
 

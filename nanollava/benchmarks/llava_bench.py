@@ -9,7 +9,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from ..infra.io import InputError, read_jsonl
+from ..infra.io import InputError
+from ..infra.json_io import read_jsonl
 from ..teacher.jobs import Job
 from ..teacher.ledger import Ledger
 

@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 
 from ..conversation import IMAGE_TOKEN
-from ..infra.io import InputError, check_shape, path_inside, quote, read_json
+from ..infra.io import InputError, path_inside
+from ..infra.json_io import read_json
+from ..infra.shapes import check_shape, quote
 from ..teacher.jobs import Job, remove_thoughts
 from ..teacher.ledger import Ledger
 

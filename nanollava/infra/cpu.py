@@ -18,9 +18,9 @@ SLICES = 16  # of a weight, to be read by all cores
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, exact: bool):
     """x (..., in) times weight (out, in), plus bias (out,), in the dtype of x.
 
-    With exact=False the next tokens (B, 1, in) of a batch are rounded to a bfloat16 weight, and so
-    is the result, for one row and for many alike: one row is then multiplied without casting the
-    weight.
+    With exact=False and a bfloat16 weight, next tokens (B, 1, in) and the result are rounded to
+    bfloat16: one row is then multiplied without casting the weight. Several rows are rounded as
+    well, so that a reply does not depend on the batch.
     """
     is_decoding = x.ndim == 3 and x.shape[1] == 1
     if weight.numel() < MIN_NUMEL:

@@ -29,6 +29,9 @@ def init_distributed(device: str) -> str:
     if missing:
         raise InputError(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several "
                          "processes with torchrun")
+    if ":" in device:
+        raise InputError(f"--device {device}: torchrun gives each process a GPU of its own; give "
+                         f"--device {device.partition(':')[0]}")
     if device.startswith("cuda"):
         device = best_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)

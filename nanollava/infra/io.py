@@ -1,16 +1,13 @@
-"""Files: atomic writes, readers of JSON, a lock. And InputError, an error that the user can fix."""
+"""Files that appear whole or not at all, locks, and paths that come from data. And InputError, an
+error that the user can fix."""
 
 import contextlib
 import glob
-import json
-import math
 import os
 import platform
 import re
 import shutil
 import time
-import types
-from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -21,13 +18,8 @@ except ImportError:  # Windows has no flock: lock_file does nothing there
 LOCK = ".lock"  # in a folder that a run writes to
 HOST = platform.node()[:32]
 PART_OWNER = re.compile(r"\.(\d{1,8})(?:@(.*))?\.part$")  # process, machine
+INPUTS = set()  # the `file_id` of each file that was read
 CHUNK = 2**20  # bytes of a large file that are read at a time
-DECODER = json.JSONDecoder()
-LIST_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # after UTF-8's byte order mark
-SEPARATORS = re.compile(r"[ \t\r\n,]*")  # between two items
-ITEM_END = re.compile(r"[ \t\r\n,\]]")  # follows a complete item: 12 may be the start of 12.5
-KINDS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false",
-         type(None): "null", list: "a list", dict: "an object"}
 
 
 class InputError(ValueError):
@@ -149,13 +141,6 @@ def is_abandoned(part: Path) -> bool:
     return time.time() - part.stat().st_mtime > 86_400
 
 
-def write_json(path: str | Path, value, indent: int | None = None) -> None:
-    """Raises InputError if the file cannot be written."""
-    with atomic_write(path) as temp:
-        text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
-        temp.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate becomes "?"
-
-
 def check_regular_file(path: str | Path) -> None:
     """Raise InputError if `path` is a folder, FIFO, device or socket: reading may never end.
 
@@ -182,126 +167,32 @@ def reading(path: str | Path):
     """Turn errors of reading a file into InputError."""
     check_regular_file(path)
     try:
+        INPUTS.add(file_id(path))
         yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def decode_utf8(content: bytes, where: str) -> str:
-    """UTF-8, with or without a byte order mark. Raises InputError, which begins with `where`."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8: {error}") from error
+def file_id(path: str | Path) -> tuple[int, int]:
+    """Equal for two names of one file."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
-def parse_json(content: bytes, where: str, shape=object):
-    """The value of a JSON text in UTF-8. Raises InputError, which begins with `where`, if it is not
-    JSON or has another shape, see `shape_error`."""
-    text = decode_utf8(content, where)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
-        raise InputError(f"{where} is not JSON: {error if text else 'it is empty'}") from error
-    check_shape(value, shape, where)
-    return value
+def check_not_input(path: str | Path) -> None:
+    """Raise InputError if this process has read the file: a result must not replace its input."""
+    if os.path.exists(path) and file_id(path) in INPUTS:
+        raise InputError(f"--out {path} is an input of this command: choose another")
 
 
-def read_json(path: str | Path, shape=object):
-    """The content of a JSON file. Raises InputError as `parse_json` does."""
-    with reading(path):
-        content = Path(path).read_bytes()
-    return parse_json(content, str(path), shape)
+def file_version(path: str | Path) -> tuple[int, int]:
+    """Size and time of the last change: while they stay, the content has not changed.
 
-
-# ---------------------------------------------------------------------------------------------
-# Shapes: what the reader of a file expects of it
-
-
-def check_shape(value, shape, where: str) -> None:
-    """Raises InputError, which begins with `where`, unless a value has a shape."""
-    if error := shape_error(value, shape):
-        raise InputError(f"{where}: {error}")
-
-
-def shape_error(value, shape) -> str | None:
-    """What is wrong with a JSON value, or None if it has a shape, which is one of:
-
-        str, int, float, int | None   a type or several; integers are floats, but no other mix
-        range(1, 10), (0.0, 1.0)      an integer of the range; a number from the first to the second
-        [shape], [shape, shape]       a list of any length; a list of this length
-        {"id": int, "image?": str}    an object; image may be absent or null, other fields may exist
-        {str: shape}                  an object with any fields
-        a function                    raises ValueError with what is wrong: "is not ..."
-
-        >>> shape_error({"rows": [{"id": 1}, {"id": None}]}, {"rows": [{"id": int | str}]})
-        'rows[1].id must be an integer or a string, not null'
+    Raises InputError if the file cannot be read.
     """
-    if fault := find_fault(value, shape):
-        place, reason = fault
-        return f"{place.removeprefix('.') or 'it'} {reason}"
-
-
-def find_fault(value, shape) -> tuple[str, str] | None:
-    """(place, reason) of the first part of a value that does not have its shape."""
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key, inner in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
-            name = key if str in shape else key.removesuffix("?")
-            if name != key and value.get(name) is None:
-                continue
-            if name not in value:
-                return "", f"has no {name!r}"
-            if fault := find_fault(value[name], inner):
-                return f".{name if name.isidentifier() else quote(name)}{fault[0]}", fault[1]
-    elif isinstance(shape, list) and isinstance(value, list) and len(shape) in (1, len(value)):
-        for number, item in enumerate(value):
-            if fault := find_fault(item, shape[number % len(shape)]):
-                return f"[{number}]{fault[0]}", fault[1]
-    elif isinstance(shape, types.FunctionType):
-        try:
-            shape(value)
-        except ValueError as error:
-            return "", str(error)
-    elif not has_kind(value, shape):
-        return "", f"must be {describe(shape)}, not {quote(value)}"
-
-
-def has_kind(value, shape) -> bool:
-    """Whether a value without parts has a shape without parts."""
-    number = type(value) is int or (type(value) is float and math.isfinite(value))
-    if isinstance(shape, tuple):
-        return number and shape[0] <= value <= shape[1]
-    if isinstance(shape, range):
-        return type(value) is int and value in shape
-    kinds = getattr(shape, "__args__", (shape,))  # of a union
-    return (type(value) in kinds and (number or type(value) is not float)
-            or object in kinds or (float in kinds and number and abs(value) < 1e308))
-
-
-def describe(shape) -> str:
-    """A shape in words: "an integer or a string"."""
-    if isinstance(shape, tuple):
-        return f"a number from {shape[0]:g} to {shape[1]:g}"
-    if isinstance(shape, range):
-        return f"an integer from {shape.start} to {shape.stop - 1}"
-    if isinstance(shape, (list, dict)):
-        length = f" of {len(shape)}" if len(shape) > 1 and isinstance(shape, list) else ""
-        return KINDS[type(shape)] + length
-    return " or ".join(KINDS[kind] for kind in getattr(shape, "__args__", (shape,)))
-
-
-def quote(value) -> str:
-    """A JSON value in a message: in one line, and short."""
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, dict):
-        return KINDS[type(value)]
-    text = repr(value) if isinstance(value, (str, float)) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-# ---------------------------------------------------------------------------------------------
-# Large files: a list item by item, or lines
+    with reading(path):
+        status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def hash_file(digest, path: str | Path):
@@ -310,99 +201,6 @@ def hash_file(digest, path: str | Path):
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest
-
-
-def read_json_list(path: str | Path) -> Iterator:
-    """Yield the items of a JSON list one by one. Raises InputError as `scan_json_list` does."""
-    return (item for item, _, _ in scan_json_list(path))
-
-
-def scan_json_list(path: str | Path) -> Iterator[tuple]:
-    """Yield (item, start, end) for each item of a JSON list, which lies in bytes start to end.
-
-    Only a chunk of the file and one item are in memory at a time.
-    Raises InputError if the file cannot be read or holds anything but one JSON list.
-    """
-    with reading(path), open(path, "rb") as file:
-        opening = LIST_START.match(file.read(CHUNK))
-        if not opening:
-            raise InputError(f"{path} is not a JSON list")
-        # Latin-1 has one character for each byte: text[i] is byte offset + i of the file
-        text, start, offset = "", 0, file.seek(opening.end())
-        while True:
-            start = SEPARATORS.match(text, start).end()
-            if text.startswith("]", start):
-                break
-            try:
-                item, end = decode_item(text, start)
-            except (ValueError, RecursionError) as error:
-                more = b"" if is_final(error, text) else file.read(max(CHUNK, len(text) - start))
-                if not more:
-                    raise InputError(f"{path} is not JSON: {getattr(error, 'msg', error)} in the "
-                                     f"item at byte {offset + start}") from error
-                text, start, offset = text[start:] + more.decode("latin-1"), 0, offset + start
-                continue
-            yield item, offset + start, offset + end
-            start = end
-        if (text[start + 1 :].encode("latin-1") + file.read(CHUNK)).strip():
-            raise InputError(f"{path} has text after its list, which ends at byte "
-                             f"{offset + start}: join several lists into one")
-
-
-def decode_item(text: str, start: int):
-    """An item of a list, and its end in the text, which is the file's bytes as Latin-1."""
-    item, end = DECODER.raw_decode(text, start)
-    if not ITEM_END.match(text, end):
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-    if not text[start:end].isascii():  # now as the UTF-8 that it is
-        item = json.loads(text[start:end].encode("latin-1"))
-    return item, end
-
-
-def is_final(error: Exception, text: str) -> bool:
-    """Whether an item is wrong however it continues; else a chunk may end inside it."""
-    if not isinstance(error, json.JSONDecodeError):  # too deep, too many digits, not UTF-8
-        return True
-    return error.pos < len(text) - 20 and not error.msg.startswith("Unterminated string")
-
-
-def read_json_item(path: str | Path, start: int, end: int):
-    """An item that `scan_json_list` found. Raises InputError if the file has changed since then."""
-    with reading(path), open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(end - start)
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has changed since it was opened: start again") from error
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name for messages, bytes) of each line of a file that is not blank.
-
-    Only \\n ends a line: JSON strings may contain U+2028, which `str.splitlines` splits at.
-    Raises InputError if the file cannot be read.
-    """
-    with reading(path), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", line
-
-
-def read_jsonl(path: str | Path, shape=object, growing: bool = False) -> Iterator:
-    """Yield the value of each line of a JSONL file.
-
-    growing: runs append to the file, and a last line that one left unfinished is skipped.
-    Raises InputError, with the line number, if a line is not JSON or has another shape.
-    """
-    for where, line in read_lines(path):
-        try:
-            row = parse_json(line, where, shape)
-        except InputError:
-            if growing and not line.endswith(b"\n"):
-                return
-            raise
-        yield row
 
 
 def lock_file(file, name: str | Path) -> None:

@@ -6,7 +6,8 @@ import os
 import threading
 from pathlib import Path
 
-from .io import InputError, lock_file, parse_json, read_jsonl, sync_folder
+from .io import InputError, lock_file, sync_folder
+from .json_io import parse_json, read_jsonl
 
 RESERVED_BYTES = 1 << 18  # must be free on the disk: more than all answers in flight take
 
@@ -17,7 +18,7 @@ class JsonlFile:
     A row counts only after its line is on the disk. Opening cuts off a last line that a killed
     process left half written; a complete one gets the newline that it lacks.
     To read the file without changing the disk, call `load` instead.
-    A subclass defines `index` and the shape of a row (see io.shape_error), its first field first.
+    A subclass defines `index` and the `shape` of a row (shapes.py), its first field first.
     """
 
     shape: dict

@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 
 from . import distributed
-from .io import InputError, quote, read_json, write_json
+from .io import InputError
+from .json_io import read_json, write_json
+from .shapes import quote
 
 NAME = re.compile(r"step-\d+|\.step-\d+\.part")  # of a checkpoint, complete or not
 IO_ERRORS = (OSError, SafetensorError, CheckpointException)
@@ -108,16 +110,11 @@ class Checkpoints:
 
     def check_settings(self, path: Path) -> int:
         """The step of a checkpoint. Raises InputError if its settings are not those of this run."""
+        check_same_settings(path / "run.json", self.settings)
         saved = read_json(path / "run.json", {"step": int})
         if path.name != f"step-{saved['step']}":
             raise InputError(f"{path / 'run.json'} is damaged, it has step {quote(saved['step'])}: "
                              "choose another --out")
-        for key, value in json.loads(json.dumps(self.settings)).items():
-            if saved.get(key) != value:
-                raise InputError(
-                    f"{path} is of another run, with {key.replace('_', ' ')} "
-                    f"{quote(saved.get(key))}, not {quote(value)}: resume with the settings it "
-                    "had, or choose another --out")
         return saved["step"]
 
     def allocate_optimizer_state(self, reader: HuggingFaceStorageReader, path: Path) -> None:
@@ -146,6 +143,17 @@ class Checkpoints:
         """Remove the checkpoints of a finished run, whose model has been written."""
         if distributed.rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_same_settings(path: Path, settings: dict) -> None:
+    """Raise InputError if the run.json at `path` belongs to a run with other settings."""
+    saved = read_json(path, dict)
+    for key, value in json.loads(json.dumps(settings)).items():
+        if saved.get(key) != value:
+            raise InputError(
+                f"{path.parent} is of another run, with {key.replace('_', ' ')} "
+                f"{quote(saved.get(key))}, not {quote(value)}: resume with the settings it had, "
+                "or choose another --out")
 
 
 def error_reason(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from . import distributed
-from .io import atomic_write, read_jsonl
+from .io import atomic_write
+from .json_io import read_jsonl
 from .progress import Progress, print0
 from .start import on_stop_signals
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..conversation import IMAGE_TOKEN
-from ..infra.io import (InputError, atomic_write, check_shape, decode_utf8, quote, read_json,
-                        read_jsonl, read_lines)
+from ..infra.io import InputError, atomic_write, check_not_input
+from ..infra.json_io import decode_utf8, read_json, read_jsonl, read_lines
+from ..infra.shapes import check_shape, quote
 from ..infra.progress import progress
 from .coco import read_coco
 from .prompts import BRIEF, make_turns
@@ -130,10 +131,9 @@ def write_pretrain(source: Path, out: Path, seed: int,
 
     The file is read once per step, so that millions of pairs never lie in memory together.
     """
-    if out.resolve() == source.resolve():
-        raise InputError(f"--out {out} is the file of captions: choose another")
     left_out = Counter()
     count = sum(1 for _ in read_pairs(source, left_out))
+    check_not_input(out)
     kept = range(count)
     if balance:
         pairs = progress(read_pairs(source), "counting phrases", "captions", count)

@@ -7,7 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..infra.io import InputError, quote, read_json
+from ..infra.io import InputError
+from ..infra.json_io import read_json
+from ..infra.shapes import quote
 
 ID = int | str
 SIZES = {"id": ID, "width?": float, "height?": float}

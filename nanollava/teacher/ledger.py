@@ -1,8 +1,8 @@
 """The ledger keeps every paid answer of a language model (the data engine, section 3 of the paper).
 
 It is a file with one JSON object per line and one line per answer. The file only grows, and an
-answer counts only after its line is on disk. A killed run therefore loses at most the answers that
-were in flight, and no request is paid for twice.
+answer counts only after its line is on disk, so no answer on disk is paid for twice. A killed run
+loses only the answers that were in flight; they are requested again, and may be billed again.
 """
 
 import re

@@ -17,7 +17,8 @@ from statistics import mean, stdev
 from ..benchmarks.scienceqa import ORDERS, read_rows
 from ..conversation import INSTRUCTION_KINDS
 from ..infra.cli import format_table
-from ..infra.io import InputError, read_json, write_json
+from ..infra.io import InputError
+from ..infra.json_io import read_json, write_json
 from ..infra.progress import Progress
 from .dataset import write_bench, write_world
 from .scienceqa import write_problems

@@ -11,7 +11,8 @@ import zlib
 from pathlib import Path
 
 from ..conversation import INSTRUCTION_KINDS
-from ..infra.io import atomic_folder, write_json
+from ..infra.io import atomic_folder
+from ..infra.json_io import write_json
 from ..infra.progress import progress
 from ..teacher import prompts
 from ..teacher.captions import pretrain_row

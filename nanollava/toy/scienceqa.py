@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..benchmarks.scienceqa import SPLITS
-from ..infra.io import atomic_folder, write_json
+from ..infra.io import atomic_folder
+from ..infra.json_io import write_json
 from ..infra.progress import progress
 from . import questions, scene
 

@@ -13,7 +13,8 @@ import torch
 from ..benchmarks.report import Exchange, write_report
 from ..chat import generate_replies
 from ..image import open_image, preprocess
-from ..infra.io import InputError, path_inside, read_json
+from ..infra.io import InputError, path_inside
+from ..infra.json_io import read_json
 from ..infra.progress import Progress
 from ..infra.run_log import read_log
 from ..llava import Llava

@@ -9,7 +9,9 @@ What nanollava does not implement (another activation, scaled rotary angles, bia
 from pathlib import Path
 
 from ..conversation import TEMPLATES
-from ..infra.io import InputError, quote, read_json, shape_error
+from ..infra.io import InputError
+from ..infra.json_io import read_json
+from ..infra.shapes import quote, shape_error
 
 CLIP_DEFAULTS = dict(  # ViT-B/32
     image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -96,6 +98,7 @@ def vision_config(raw: dict) -> dict:
     check_fields(raw, CLIP_SHAPE)
     check_supported(raw, "model_type", ("clip_vision_model",), "clip_vision_model")
     check_supported(raw, "hidden_act", ("quick_gelu",), "quick_gelu")
+    check_supported(raw, "num_channels", (3,), 3)
     fields = with_defaults(raw, CLIP_DEFAULTS)
     check_divisible(fields, "hidden_size", "num_attention_heads")
     if fields["patch_size"] > fields["image_size"]:

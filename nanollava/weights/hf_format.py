@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..infra.io import InputError, atomic_write, write_json
+from ..infra.io import InputError, atomic_write
+from ..infra.json_io import write_json
 from .hf_config import llava_json
 from .safetensors_io import load_strict, read_tensors, write_tensors
 

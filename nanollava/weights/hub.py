@@ -22,8 +22,10 @@ import requests
 import torch
 
 from ..infra import http
-from ..infra.io import InputError, check_shape, hash_file, lock_file, parse_json
-from ..infra.progress import Progress
+from ..infra.io import InputError, hash_file, lock_file
+from ..infra.json_io import parse_json
+from ..infra.shapes import check_shape
+from ..infra.progress import Progress, print0
 from .safetensors_io import write_tensors
 
 HUB = "https://huggingface.co"
@@ -88,6 +90,9 @@ def retry(attempt, received=lambda: 0):
             if http.is_invalid_request(error) or failures > MAX_FAILURES:
                 message = f"{error} (to resume the download, run the same command again)"
                 raise InputError(message) from error
+            if failures > 1:
+                print0(f"{type(error).__name__}: attempt {failures} of {MAX_FAILURES} failed; "
+                       "trying again")
             headers = getattr(error.response, "headers", None)
             time.sleep(http.retry_delay(failures, headers, "the hub"))
 
@@ -159,7 +164,7 @@ def fetch(repository: str, out: Path, revision: str = "main") -> None:
     out = out.resolve()
     if out.exists():
         raise InputError(f"{out} exists already; remove it or choose another --out")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise InputError(f"{repository} is not OWNER/NAME, as in lmsys/vicuna-7b-v1.5")
     hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     address = http.parse_address(hub, "HF_ENDPOINT")

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..infra.io import (InputError, atomic_write, check_regular_file, path_inside, read_json,
-                        write_json)
+from ..infra.io import InputError, atomic_write, check_regular_file, path_inside
+from ..infra.json_io import read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000

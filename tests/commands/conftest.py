@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from nanollava.infra import io
 from nanollava.infra.cli import one_line_errors
 from nanollava.weights import hf_config, hf_format
 
@@ -20,6 +21,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        io.INPUTS.clear()  # a command is a process of its own
         module = importlib.import_module(name)
         code = 0
         try:

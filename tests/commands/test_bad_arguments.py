@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +152,33 @@ def test_missing_file_with_an_odd_name_is_refused_in_one_line(command, world, wo
     module, *words = words.replace("WORLD", str(world)).split()
     code, out, error = command(module, *words, file)
     assert (code, out) == (2, "") and is_one_line(error), error
+
+
+@pytest.mark.parametrize("words, name", [
+    ("prepare_data captions --captions captions.json", "captions.json"),
+    ("prepare_data captions --captions captions.json", "link"),
+    ("prepare_data instruct --dry-run --kind detail --captions captions.json "
+     "--instances instances.json", "instances.json"),
+    ("prepare_data scienceqa --data .", "problems.json"),
+    ("nanollava.evaluate toy --model run --data . --limit 1", "test.json"),
+    ("nanollava.evaluate toy --model run --data . --limit 1", "run/config.json"),
+])
+def test_input_is_not_overwritten(command, world, run_folder, tmp_path, words, name):
+    for path in (*world.glob("annotations/*.json"), world / "test.json"):
+        shutil.copy(path, tmp_path)
+    Path(tmp_path, "images").symlink_to(world / "images")
+    Path(tmp_path, "link").symlink_to("captions.json")
+    problem = {"question": "?", "choices": ["a", "b"], "answer": 0, "split": "train",
+               "hint": "", "image": None, "grade": "grade1", "subject": "natural science",
+               "lecture": "", "solution": ""}
+    Path(tmp_path, "problems.json").write_text(json.dumps({"1": problem}))
+    Path(tmp_path, "pid_splits.json").write_text(json.dumps({"train": ["1"]}))
+    before = Path(tmp_path, name).read_bytes()
+    module, *words = words.split()
+    code, _, error = command(module, *words, "--out", name)
+    assert code == 2 and error.endswith(f"error: --out {name} is an input of this command: "
+                                        "choose another\n"), error
+    assert Path(tmp_path, name).read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------

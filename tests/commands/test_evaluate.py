@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanollava import evaluate
-from nanollava.infra.io import locked_folder, read_json
+from nanollava.infra.io import locked_folder
+from nanollava.infra.json_io import read_json
 from tests.benchmarks.test_scienceqa import COMET, NOUN
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def test_help_of_each_command(command, name):
 
 
 def has_no_effect(name: str, flag: str, flags: tuple[str, ...]) -> bool:
-    """The expected behaviour, written independently of the program's own table."""
+    """The expected behavior, written independently of the program's own table."""
     if name in ("scienceqa", "bench") and "--model" not in flags:
         if flag in ("--batch-size", "--dtype", "--device", "--images"):
             return True

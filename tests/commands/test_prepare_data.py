@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from nanollava.infra.io import InputError, read_json
+from nanollava.infra.io import InputError
+from nanollava.infra.json_io import read_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def parse(monkeypatch, name, *flags):
 
 
 def is_refused(name, *flags):
-    """The expected behaviour, written independently of the program's own table."""
+    """The expected behavior, written independently of the program's own table."""
     if name == "show":
         return "--row" in flags and "--data" not in flags
     return name == "instruct" and "--instances" in flags and "--kind" not in flags

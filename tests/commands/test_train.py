@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import train
 from nanollava import Llava, settings
 from nanollava.infra.cli import one_line_errors
-from nanollava.infra.io import LOCK, read_json, write_json
+from nanollava.infra.io import LOCK
+from nanollava.infra.json_io import read_json, write_json
 from nanollava.infra.run_log import read_log
 from nanollava.llama import Block, Llama
 from nanollava.settings import CONFLICTS, NEEDS, Settings, resolve_settings
@@ -143,7 +144,13 @@ def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
      ["--data has 1 files", "--images has 2 folders"]),
     (["--stage", 1, "--data", "world", "--images", "world"], ["--images has no effect"]),
     (["--data", "world/pretrain.json"], ["needs --stage 1 or --stage 2"]),
+    (["--stage", 1, "--data", "world/pretrain.json", "--images", "nowhere"],
+     ["--images nowhere: there is no such folder"]),
     (["--stage", 1, "--eval-data", "none.json"], ["no data at none.json"]),
+    (["--stage", 1, "--eval-data", "world/pretrain.json", "--eval-images", "nowhere"],
+     ["--eval-images nowhere: there is no such folder"]),
+    (["--stage", 1, "--max-length", 10**6], ["--max-length 1000000", "reads at most 2048"]),
+    (["--plan", "7b", "--max-length", 10**6], ["--max-length 1000000", "reads at most 2048"]),
     (["--stage", 1, "--vision-tower", "nowhere", "--data", "world"], ["nowhere"]),
     (["--stage", 2, "--model", "a", "--data", "x.json"], ["no data at x.json"]),
     (["--stage", 2, "--model", "a", "--data", "world"], ["no model at a"]),
@@ -155,7 +162,7 @@ def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
     (["--out", "world/pretrain.json"], ["cannot write"]),
     (["--stage", 3], ["--stage"]),
     (["--lr", "0"], ["--lr"]),
-    (["--plan", "7b", "--gpus", 3], ["--batch-size 128", "3 processes"]),
+    (["--plan", "7b", "--gpus", 3], ["--batch-size 128", "by 3, the number of ranks"]),
     (["--plan"], ["--plan"]),
 ])
 def test_mistake_is_one_line(error_of, world, arguments, words):
@@ -191,7 +198,7 @@ def test_rows_that_are_cut_are_counted(command, parts, world):
     Path("chat.json").write_text(json.dumps(rows))
     code, _, error = command("train", "--stage", 1, *parts, "--data", "chat.json", "--images",
                              world / "images", "--out", "run", "--max-length", 200)
-    assert code == 0 and "1 of 8 rows are longer than 200 tokens" in error
+    assert code == 0 and "1 of 8 training rows are longer than 200 tokens" in error
 
 
 def test_image_that_does_not_open_ends_training_or_is_skipped(command, parts, world):
@@ -204,7 +211,7 @@ def test_image_that_does_not_open_ends_training_or_is_skipped(command, parts, wo
     assert code == 2 and "row 5" in error and "cat.png" in error
     assert not Path("run").exists()
     code, _, error = command(*arguments, "--skip-bad")
-    assert code == 0 and "1 of 60 rows are left out" in error
+    assert code == 0 and "1 of 60 training rows are left out" in error
 
 
 def test_trained_model_is_not_overwritten(error_of, run_folder, world):
@@ -212,6 +219,24 @@ def test_trained_model_is_not_overwritten(error_of, run_folder, world):
     error = error_of("train", "--stage", 1, "--data", world, "--out", run_folder)
     assert str(run_folder) in error and "--out" in error
     assert (run_folder / "model.safetensors").read_bytes() == before
+
+
+def test_finished_run_is_kept_and_other_settings_are_refused(command, parts, world):
+    arguments = ["train", "--stage", 1, *parts, "--data", world, "--out", "run", "--max-steps", 1,
+                 "--resume"]
+    assert command(*arguments)[0] == 0
+    before = Path("run/model.safetensors").read_bytes()
+    code, _, error = command(*arguments, "--workers", 1)  # the result does not depend on this one
+    assert code == 0 and "run is finished" in error
+    for flags, difference in [(["--lr", 1], "with lr 0.004, not 1.0"),
+                              (["--seed", 1], "with seed 0, not 1"),
+                              (["--projector", "mlp2x_gelu"], "with projector 'linear', not"),
+                              (["--eval-data", world / "pretrain.json"], "with validation data")]:
+        code, _, error = command(*arguments, *flags)
+        assert code == 2 and f"run is of another run, {difference}" in error, error
+    Path("run/run.json").unlink()  # as older versions left it
+    assert command(*arguments)[0] == 0
+    assert Path("run/model.safetensors").read_bytes() == before
 
 
 def test_help_shows_examples(command):
@@ -329,8 +354,8 @@ def test_each_flag_that_is_accepted_changes_the_settings(mode, parse, values, mo
 @pytest.mark.parametrize("mode, accepted", [
     ("stage 0", "--small-llm --seed --device --out --resume"),
     ("toy run", "--vision-tower --llm --projector --template --feature-layer --data --max-length "
-     "--skip-bad --workers --epochs --max-steps --batch-size --micro-batch-size --lr --seed --dtype --device "
-     "--compile --out --save-every --resume"),
+     "--skip-bad --workers --epochs --max-steps --batch-size --micro-batch-size --lr --seed "
+     "--dtype --device --compile --out --save-every --resume"),
     ("plan of stage 2", "--lora-rank --max-length --epochs --batch-size --micro-batch-size "
      "--no-gradient-checkpointing --gpus"),
 ])

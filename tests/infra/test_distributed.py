@@ -39,6 +39,13 @@ def test_world_size_without_torchrun_is_refused(monkeypatch):
         distributed.init_distributed("cpu")
 
 
+def test_torchrun_chooses_the_gpu_of_each_process(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(InputError, match="--device cuda:1: torchrun gives each process a GPU"):
+        distributed.init_distributed("cuda:1")
+
+
 def test_on_rank0_reports_errors_of_files_as_input_errors():
     def fail():
         raise OSError("disk full")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import train
 from nanollava import Llava
-from nanollava.infra.io import InputError, write_json
+from nanollava.infra.io import InputError
+from nanollava.infra.json_io import write_json
 from nanollava.infra.resume import Checkpoints
 from nanollava.infra.run_log import Run, read_log
 from nanollava.settings import TOY_WIDTH
@@ -168,8 +169,11 @@ def test_run_with_other_data_weights_or_steps_is_not_resumed(arguments, model, t
     arguments += ["--out", tmp_path / "out"]
     process = start_train(*arguments)
     stop_after(process, tmp_path / "out", 5, signal.SIGTERM)
-    with pytest.raises(InputError, match="another run, with num steps 60, not 50: resume with"):
-        run_train(monkeypatch, *arguments, "--resume", "--max-steps", 50)
+    for flag, message in (("--max-steps 50", "max steps null, not 50: resume with"),
+                          ("--epochs 10", "epochs 12.0, not 10.0"), ("--lr 0.1", "lr 0.005, not 0.1"),
+                          ("--skip-bad", "skip bad false, not true")):
+        with pytest.raises(InputError, match=f"another run, with {message}"):
+            run_train(monkeypatch, *arguments, "--resume", *flag.split())
     rows = json.loads((tmp_path / "data.json").read_text())
     rows[0]["conversations"][1]["value"] += " Or not."
     (tmp_path / "other.json").write_text(json.dumps(rows))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nanollava.infra.io import InputError, read_json
+from nanollava.infra.io import InputError
+from nanollava.infra.json_io import read_json
 from nanollava.teacher import prompts
 from nanollava.teacher.captions import (
     balance_captions,

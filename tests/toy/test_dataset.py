@@ -6,7 +6,8 @@ import pytest
 
 from nanollava.conversation import INSTRUCTION_KINDS
 from nanollava.image import open_image
-from nanollava.infra.io import InputError, read_json
+from nanollava.infra.io import InputError
+from nanollava.infra.json_io import read_json
 from nanollava.teacher import prompts
 from nanollava.teacher.coco import read_coco
 from nanollava.teacher.ledger import Answer, Ledger

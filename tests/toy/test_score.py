@@ -1,7 +1,7 @@
 import pytest
 
 from nanollava.image import open_image, preprocess
-from nanollava.infra.io import read_json
+from nanollava.infra.json_io import read_json
 from nanollava.toy import score
 from nanollava.toy.score import accuracy, answer_rows, evaluate_run, is_correct
 

@@ -29,6 +29,7 @@ from nanollava.weights import hf_config
     ({"text_config": {"attention_bias": True}}, "attention_bias true is not supported"),
     ({"vision_config": {"hidden_act": "gelu"}},
      "hidden_act 'gelu' is not supported, only 'quick_gelu'"),
+    ({"vision_config": {"num_channels": 1}}, "num_channels 1 is not supported, only 3"),
     ({"vision_config": {"image_size": [32, 32]}},
      "vision_config.image_size must be an integer from 1 to 16777215, not a list of 2"),
     ({"vision_config": {"patch_size": 33}}, "patch_size 33 is larger than image_size 32"),

@@ -299,7 +299,8 @@ def test_token_is_sent_and_not_written(server, tmp_path, monkeypatch):
     assert not any(b"hf_secret" in path.read_bytes() for path in (tmp_path / "model").iterdir())
 
 
-@pytest.mark.parametrize("name", ["model", "a/b/c", "../../x", "https://huggingface.co/a/b"])
+@pytest.mark.parametrize("name", [
+    "model", "a/b/c", "../x", "a/..", "../../x", "https://huggingface.co/a/b"])
 def test_name_that_is_not_a_repository_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="OWNER/NAME"):
         hub.fetch(name, tmp_path / "model")
