@@ -170,7 +170,8 @@ def test_run_with_other_data_weights_or_steps_is_not_resumed(arguments, model, t
     process = start_train(*arguments)
     stop_after(process, tmp_path / "out", 5, signal.SIGTERM)
     for flag, message in (("--max-steps 50", "max steps null, not 50: resume with"),
-                          ("--epochs 10", "epochs 12.0, not 10.0"), ("--lr 0.1", "lr 0.005, not 0.1"),
+                          ("--epochs 10", "epochs 12.0, not 10.0"),
+                          ("--lr 0.1", "lr 0.005, not 0.1"),
                           ("--skip-bad", "skip bad false, not true")):
         with pytest.raises(InputError, match=f"another run, with {message}"):
             run_train(monkeypatch, *arguments, "--resume", *flag.split())
