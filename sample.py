@@ -18,8 +18,8 @@ from nanollava.conversation import IMAGE_TOKEN
 from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
+from nanollava.settings import find_toy_model
 
-TOY_RUN = Path("runs/toy")
 GREEDY = "--temperature 0.0"  # the default
 NO_SAMPLING = "it always takes the likeliest token; set a higher --temperature to sample"
 CONFLICTS = {("--top-p", GREEDY): NO_SAMPLING, ("--seed", GREEDY): NO_SAMPLING}
@@ -90,15 +90,6 @@ def main(arguments) -> None:
         print()
         # <image> in a reply is text that the model made up, not the place of an image
         turns.append({"from": "gpt", "value": reply.replace(IMAGE_TOKEN, "image")})
-
-
-def find_toy_model() -> Path:
-    """The model of the toy run. Raises InputError if there is none."""
-    for folder in (TOY_RUN / "stage2", TOY_RUN / "stage1"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise InputError(f"no model in {TOY_RUN}: make one with `python train.py`, or name one with "
-                     "--model")
 
 
 def read_questions():

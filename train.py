@@ -30,8 +30,9 @@ from nanollava.infra.cli import (Parser, check_flags, in_range, one_line_errors,
                                  percent_table, positive, seed)
 from nanollava.infra.io import InputError, hash_file, locked_folder
 from nanollava.infra.progress import print0
-from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_RUN, Settings, check_max_length,
-                                check_out, choose_defaults, choose_max_length, resolve_settings)
+from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_IMAGE, TOY_RUN, Settings,
+                                check_max_length, check_out, choose_defaults, choose_max_length,
+                                resolve_settings)
 
 
 def parse_arguments():
@@ -130,6 +131,7 @@ from nanollava.infra.run_log import Run, read_log
 from nanollava.llava import Llava
 from nanollava.plan import SIZES, plan
 from nanollava.tokenizer import Tokenizer, open_tokenizer
+from nanollava.tour import PROMPT, write_tour
 from nanollava.toy.dataset import write_world
 from nanollava.toy.score import evaluate_run
 from nanollava.toy.stage0 import evaluate_parts, train_parts
@@ -167,6 +169,8 @@ def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
     run_stage(replace(stage1, out=folder / "stage1"))
     run_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1"))
     if distributed.rank() == 0:
+        write_tour(folder / "stage2", TOY_IMAGE, PROMPT, folder / "tour.html",
+                   device=stage2.device)
         print(percent_table(evaluate_run(folder, data, stage2.device)))
         print0(f"look at it in a browser: {folder / 'report.html'}")
         print0("ask it something: python sample.py --image cat.jpg")

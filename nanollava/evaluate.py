@@ -4,6 +4,7 @@
     python -m nanollava.evaluate scienceqa --data ScienceQA --model runs/scienceqa
     python -m nanollava.evaluate bench --questions q.jsonl --reference r.jsonl --context c.jsonl \\
         --answers a.jsonl --out llava_bench.json             # judged by GPT-4: set OPENAI_API_KEY
+    python -m nanollava.evaluate lens                        # are image features words?
     python -m nanollava.evaluate ablations                   # on the toy world, about an hour
     python -m nanollava.evaluate report --model runs/stage2 --data test.json --images val2017
 """
@@ -89,6 +90,25 @@ def evaluate_toy(arguments) -> tuple[str, dict]:
         check_writable(arguments.run / "report.html")
         columns = evaluate_run(arguments.run, arguments.data, device, arguments.limit)
     return percent_table(columns), columns
+
+
+def add_lens_arguments(add) -> None:
+    add("--run", type=Path, nargs="+", default=[Path("runs/toy")],
+        help="folders with stage1/ and stage2/ (default: runs/toy)")
+    add("--scenes", type=in_range(10, 100_000), default=300,
+        help="number of validation images (default: %(default)s)")
+    add("--out", type=out_file, help="also write all results to this file, as JSON")
+    add_device(add)
+
+
+def evaluate_lens(arguments) -> tuple[str, list]:
+    """Do patches become words, and does the model look at what it names, on the toy world."""
+    from .infra.device import best_device
+    from .toy import lens
+
+    device = best_device(arguments.device)
+    results = [lens.evaluate_lens(run, device, arguments.scenes) for run in arguments.run]
+    return lens.format_lens(results), results
 
 
 def add_ablation_arguments(add) -> None:
@@ -310,6 +330,7 @@ def ask_all(job: Job, arguments) -> dict:
 
 COMMANDS = {
     "toy": (add_toy_arguments, evaluate_toy),
+    "lens": (add_lens_arguments, evaluate_lens),
     "ablations": (add_ablation_arguments, evaluate_ablations),
     "report": (add_report_arguments, evaluate_report),
     "scienceqa": (add_scienceqa_arguments, evaluate_scienceqa),

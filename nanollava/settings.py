@@ -13,6 +13,7 @@ from .weights import hf_config
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 TOY_RUN, TOY_DATA = Path("runs/toy"), Path("data/toy")
+TOY_IMAGE = ASSETS.with_name("cat.jpg")
 
 PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
          2: dict(epochs=3, batch_size=32, lr=2e-5, save_every=500)}
@@ -139,6 +140,15 @@ def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dic
         raise InputError(f"--batch-size {chosen['batch_size']} is not divisible by {world_size}, "
                          "the number of ranks, one for each GPU")
     return chosen
+
+
+def find_toy_model() -> Path:
+    """The model of the toy run. Raises InputError if there is none."""
+    for folder in (TOY_RUN / "stage2", TOY_RUN / "stage1"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(f"no model in {TOY_RUN}: make one with `python train.py`, or name one with "
+                     "--model")
 
 
 def check_out(out: Path, resume: bool) -> None:

@@ -155,13 +155,16 @@ def html_card(image: Path | None, exchanges: list[Exchange]) -> str:
 
 def write_report(path: Path, title: str, curves: dict[str, list[dict]],
                  columns: dict | None = None,
-                 cards: list[tuple[Path | None, list[Exchange]]] = ()) -> None:
+                 cards: list[tuple[Path | None, list[Exchange]]] = (),
+                 links: dict[str, str] | None = None) -> None:
     """Write the page.
 
     curves: {heading: rows of a log}. columns: percentages as `percent_table` takes them.
     cards: images (None: a question without one), each with its exchanges.
+    links: {file in the same folder: text}.
     """
-    parts = []
+    parts = [f'<p><a href="{escape(file)}">{escape(text)}</a></p>'
+             for file, text in (links or {}).items()]
     for heading, rows in curves.items():
         if rows:
             legend = "Loss by step; the thick line is a running mean"

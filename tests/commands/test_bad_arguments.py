@@ -15,7 +15,8 @@ import pytest
 from nanollava.infra.cli import Parser, add_command, one_line_errors, out_file, out_folder
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed")
+MODULES = ("train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed",
+           "nanollava.tour")
 
 
 def parsers() -> dict[str, Parser]:
@@ -147,8 +148,10 @@ def test_unknown_argument_is_refused_in_one_line(refuse, name, words):
     "nanollava.evaluate report --data d --images i --model",
     "nanollava.evaluate scienceqa --answers a --data",
     "nanollava.evaluate bench --out o --context c --reference r --answers a --questions",
-    "nanollava.speed --device"])
-def test_missing_file_with_an_odd_name_is_refused_in_one_line(command, world, words, file):
+    "nanollava.speed --device", "nanollava.tour --model", "nanollava.tour --model run --image",
+    "nanollava.tour --model run --device"])
+def test_missing_file_with_an_odd_name_is_refused_in_one_line(
+        command, world, run_folder, words, file):
     module, *words = words.replace("WORLD", str(world)).split()
     code, out, error = command(module, *words, file)
     assert (code, out) == (2, "") and is_one_line(error), error

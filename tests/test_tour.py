@@ -1,0 +1,121 @@
+"""The tour: its steps are the model's, its words and attention are right, its page is whole."""
+
+import base64
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nanollava import tour
+from nanollava.chat import stream_reply
+from nanollava.conversation import IGNORE_INDEX
+from nanollava.image import preprocess
+from nanollava.llama import Attention, LlamaConfig, rope_cos_sin
+from nanollava.tour import attention_weights, nearest_words, take_tour, word_tokens, write_page
+
+PROMPT = "What is there?"
+
+
+@pytest.fixture
+def image():
+    return Image.effect_noise((48, 40), 80).convert("RGB")
+
+
+@pytest.fixture
+def taken(model, tokenizer, image):
+    return take_tour(model, tokenizer, image, PROMPT, max_new_tokens=6)
+
+
+def test_steps_have_the_shapes_of_the_model_and_name_code_that_exists(taken, model):
+    T, A = len(taken.tokens), len(taken.likeliest)
+    assert [step.shape for step in taken.steps] == [
+        (1, 3, 32, 32), (1, 16, 4, 4), (1, 17, 16), (1, 17, 16), (1, 17, 16), (1, 16, 16),
+        (1, 16, 32), (1, T), (1, T, 32), (1, T, 32), (A, 32), (A, model.config.text.vocab_size)]
+    assert taken.steps[4].what == f"ViT block {len(model.vision_tower.encoder.layers) - 1}"
+    for step in taken.steps:
+        file, name = step.code.split()
+        code = importlib.import_module(f"nanollava.{file.removesuffix('.py')}")
+        for part in name.split("."):
+            code = getattr(code, part)
+
+
+def test_answer_is_that_of_the_chat_and_its_tokens_are_learned(taken, model, tokenizer, image):
+    turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}]
+    pixels = preprocess(image, model.config.image_size)
+    assert taken.answer == "".join(stream_reply(model, tokenizer, turns, [pixels], 6))
+    learned = [label for label in taken.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == taken.answer.strip()
+    assert len(taken.likeliest) == len(learned) == taken.attention.shape[1]
+
+
+def test_likeliest_words_are_those_that_a_step_of_generation_chooses_from(taken, model, tokenizer):
+    tokens = torch.tensor([taken.tokens])
+    logits = model(tokens, taken.pixels)[0]  # (T, V)
+    first = next(t for t, label in enumerate(taken.labels) if label != IGNORE_INDEX)
+    values, indices = logits[first - 1].softmax(dim=-1).topk(5)
+    words = [tour.token_text(tokenizer, int(index)) for index in indices]
+    assert [word for word, _ in taken.likeliest[0]] == words
+    torch.testing.assert_close(torch.tensor([p for _, p in taken.likeliest[0]]), values)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_weights_are_those_of_the_forward_pass(key_heads):
+    """With the values and the output projection they give what Attention.forward gives."""
+    torch.manual_seed(0)
+    attention = Attention(LlamaConfig(hidden_size=32, num_attention_heads=4,
+                                      num_key_value_heads=key_heads))
+    torch.nn.init.zeros_(attention.q_proj.weight[8:])  # heads 1 to 3 attend evenly
+    x, rope = torch.randn(1, 7, 32), rope_cos_sin(torch.arange(7)[None], LlamaConfig(
+        hidden_size=32, num_attention_heads=4))
+    queries = torch.tensor([2, 6])
+    even = torch.tensor([[float(key <= query) / (query + 1) for key in range(7)]
+                         for query in queries.tolist()])
+    first_head = 4 * attention_weights(attention, x, rope, queries) - 3 * even  # from the mean
+    # only the first head reaches the output
+    torch.nn.init.zeros_(attention.o_proj.weight)
+    torch.nn.init.eye_(attention.o_proj.weight[:8, :8])
+    values = attention.v_proj(x)[0, :, :8]
+    expected = attention(x, rope)[0, queries, :8]
+    torch.testing.assert_close(first_head @ values, expected)
+
+
+def test_nearest_words_are_found_whatever_all_embeddings_have_in_common(model, tokenizer):
+    table = model.language_model.model.embed_tokens.weight
+    table.data += 3  # a direction that means nothing
+    words = word_tokens(tokenizer)
+    mean = table.mean(dim=0)
+    features = torch.stack([mean + 0.1 * (table[words[word]] - mean) for word in ("cat", "red")])
+    found = nearest_words(model, tokenizer, features)
+    assert [row[0][0] for row in found] == ["cat", "red"]
+    assert all(row[0][1] == pytest.approx(1, abs=1e-4) and len(row) == 5 for row in found)
+
+
+def test_words_begin_a_word_and_stand_for_all_their_spellings(tokenizer):
+    words = word_tokens(tokenizer)
+    assert {"cat", "red", "at the top left"} <= words.keys()
+    assert not [word for word in words if "▁" in word or word != word.lower() or len(word) < 2]
+
+
+def data_of(page: Path) -> dict:
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>") and text.endswith("</html>\n")
+    assert not re.search(r"https?:|src=|@import", text)  # it loads nothing
+    assert text.count("</script>") == 2
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
+    taken.prompt = taken.answer = "</script><b>&amp;{{data}}"
+    write_page(tmp_path / "tour.html", "a & b", taken, tokenizer, {"one": taken.patch_words})
+    data = data_of(tmp_path / "tour.html")
+    assert data["prompt"] == taken.prompt and data["side"] == 4
+    assert len(data["views"]["one"]) == 16 and len(data["views"]["one"][0]) == 5
+    kinds = [kind for _, kind in data["row"]]
+    A = kinds.count("learned")
+    assert kinds.count("image") == 16 and A == len(data["likeliest"])
+    shades = base64.b64decode(data["attention"]["shades"])
+    assert len(shades) == data["attention"]["blocks"] * A * 16 and max(shades) == 255
