@@ -72,7 +72,6 @@ from .llava import Llava
 from .tokenizer import Tokenizer
 
 NUM_WORDS = 5  # nearest words of a patch, likeliest words at a position
-NEAR = 0.25  # cosine from which a word counts as near, on the terminal
 COLUMNS = 6  # patches of a row on the terminal
 PAGE = Path(__file__).with_name("tour_page.html")
 
@@ -84,7 +83,7 @@ def main(arguments) -> None:
     print(f'{arguments.image} and "{arguments.prompt}" on their way through {folder}\n')
     print(format_steps(tour.steps))
     print("\nThe words that are nearest to each patch after the projector; · is no near word:\n")
-    print(format_patches(tour.patch_words))
+    print(format_patches(tour.patch_words, tour.near))
     print(f"\nAnswer: {tour.answer}")
     print0(f"look at it in a browser: {arguments.out}")
 
@@ -127,6 +126,7 @@ class Tour:
     tokens: list[int]  # T: BOS, system, image, question, answer, stop
     labels: list[int]  # T
     patch_words: list[list[tuple[str, float]]]  # P times the nearest words, with their cosines
+    near: float  # the cosine from which a word is near
     likeliest: list[list[tuple[str, float]]]  # A times the likeliest words, with probabilities
     attention: torch.Tensor  # (L, A, P): from where a token is predicted to the patches
 
@@ -152,7 +152,7 @@ def take_tour(model: Llava, tokenizer: Tokenizer, image: Image.Image, prompt: st
     steps, features, logits, attention = trace(model, pixels[None], tokens, predicting)
     # 4. numbers become words
     return Tour(pixels[None], prompt, answer, steps, tokens, labels,
-                nearest_words(model, tokenizer, features[0]),
+                nearest_words(model, tokenizer, features[0]), near_cosine(model, tokenizer),
                 likeliest_words(tokenizer, logits), attention)
 
 
@@ -264,6 +264,12 @@ def nearest_words(model: Llava, tokenizer: Tokenizer, features: torch.Tensor,
     return top_words(torch.cat(cosines, dim=-1), list(words), count)
 
 
+def near_cosine(model: Llava, tokenizer: Tokenizer) -> float:
+    """About the largest cosine of a vector with V random ones of D dimensions: sqrt(2 ln V / D)."""
+    V, D = len(word_tokens(tokenizer)), model.config.text.hidden_size
+    return math.sqrt(2 * math.log(V) / D)
+
+
 def likeliest_words(tokenizer: Tokenizer, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
     """For logits (A, V), the tokens with the largest probabilities."""
     names = [token_text(tokenizer, token) for token in range(logits.shape[1])]
@@ -363,7 +369,7 @@ def format_steps(steps: list[Step]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def format_patches(patch_words: list[list[tuple[str, float]]]) -> str:
+def format_patches(patch_words: list[list[tuple[str, float]]], near: float) -> str:
     """The grid of patches with three words each, on at most COLUMNS columns of the terminal."""
     side = math.isqrt(len(patch_words))
     shown = range(0, side, -(-side // COLUMNS))  # of a large grid, every second or third patch
@@ -372,7 +378,7 @@ def format_patches(patch_words: list[list[tuple[str, float]]]) -> str:
         cells = [patch_words[row * side + column] for column in shown]
         for number in range(3):
             words = (cell[number] if number < len(cell) else ("", 0.0) for cell in cells)
-            words = [word if cosine > NEAR else "·" for word, cosine in words]
+            words = [word if cosine > near else "·" for word, cosine in words]
             lines.append(" ".join(word[:19].ljust(19) for word in words).rstrip())
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -394,7 +400,7 @@ def write_page(path: Path, title: str, tour: Tour, tokenizer: Tokenizer,
         "steps": [[step.what, list(step.shape), str(step.dtype)[6:], step.code, step.meaning]
                   for step in tour.steps],
         "views": {name: rounded(words) for name, words in views.items()},
-        "row": describe_row(tour, tokenizer),
+        "near": round(tour.near, 4), "row": describe_row(tour, tokenizer),
         "likeliest": rounded(tour.likeliest),
         "attention": {"blocks": L, "shades": base64.b64encode(shades.numpy()).decode(),
                       "on_image": [[round(share, 3) for share in row]
