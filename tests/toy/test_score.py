@@ -63,6 +63,10 @@ def test_run_is_evaluated_with_both_controls_and_reported(model, tokenizer, worl
     page = (tmp_path / "report.html").read_text()
     assert "wrong image" in page and "data:image/png" in page
     assert page.count('<span class="truth">') == 16  # below every wrong reply
+    assert "tour.html" not in page
+    (tmp_path / "tour.html").touch()
+    evaluate_run(tmp_path, world, limit=1)
+    assert '<a href="tour.html">' in (tmp_path / "report.html").read_text()
 
 
 def test_run_without_stage1_is_evaluated(model, tokenizer, world, tmp_path):
