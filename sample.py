@@ -60,7 +60,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import torch
 
-from nanollava.chat import open_llava, stream_reply
+from nanollava.chat import ChatCache, open_llava, stream_reply
 from nanollava.image import open_image, preprocess
 from nanollava.infra.device import compile_blocks
 
@@ -77,14 +77,14 @@ def main(arguments) -> None:
         torch.manual_seed(arguments.seed)
 
     images = [preprocess(file, model.config.image_size) for file in files]  # (3, H, W) each
-    turns = []
+    turns, cache = [], ChatCache()
     for question in arguments.prompt or read_questions():
         if not turns:  # the images come before the first question
             question = f"{IMAGE_TOKEN}\n" * len(images) + question
         turns.append({"from": "human", "value": question})
         reply = ""
         for piece in stream_reply(model, tokenizer, turns, images, arguments.max_new_tokens,
-                                  arguments.temperature, arguments.top_p):
+                                  arguments.temperature, arguments.top_p, cache):
             print(piece, end="", flush=True)
             reply += piece
         print()

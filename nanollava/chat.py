@@ -3,9 +3,11 @@
 A prompt is a prefix of a training row, and a reply ends where training put the stop.
 """
 
+import itertools
 import math
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from .data import collate
 from .infra.device import best_device, best_dtype, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
+from .llama import KVCache
 from .llava import Llava
 from .tokenizer import Tokenizer, open_tokenizer
 
@@ -78,19 +81,63 @@ def tokenize_prompts(model: Llava, tokenizer: Tokenizer, conversations: list[lis
     return tokens, lengths, context - lengths
 
 
+class ChatCache:
+    """The keys and values of a conversation so far: its next turn computes only what is new.
+
+    It serves any conversation: what agrees with the one before, from the beginning, is kept.
+    """
+
+    def __init__(self):
+        self.kv, self.tokens, self.images = None, [], []  # tokens: those whose keys are in kv
+
+    def reuse(self, model: Llava, tokens: list[int], images: list[torch.Tensor]) -> int:
+        """Drop what differs from a new prompt; return how many of its tokens are kept.
+
+        The last token of a prompt is never kept, since its output predicts the reply.
+        """
+        if self.kv is None:
+            self.kv = KVCache(model.config.text, 1, 0, model.dtype, model.device)
+        self.tokens = self.tokens[: common_length(self.tokens, tokens[:-1], operator.eq)]
+        # equal image tokens may stand for different images: keep what comes before the first one
+        same_images = common_length(self.images, images, torch.equal)
+        if same_images < self.num_images(model):
+            places = [place for place, token in enumerate(self.tokens)
+                      if token == model.config.image_token_id]
+            self.tokens = self.tokens[: places[same_images * model.config.tokens_per_image]]
+        self.images = images
+        self.kv.truncate(torch.tensor([len(self.tokens)]))
+        return len(self.tokens)
+
+    def num_images(self, model: Llava) -> int:
+        """The number of images among the tokens of the cache."""
+        return self.tokens.count(model.config.image_token_id) // model.config.tokens_per_image
+
+
+def common_length(one: list, other: list, equal: Callable) -> int:
+    """The number of items at the beginning of two lists that are equal."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: equal(*pair), zip(one, other)))
+
+
 def stream_reply(model: Llava, tokenizer: Tokenizer, turns: list[dict], images: list[torch.Tensor],
-                 max_new_tokens=512, temperature=0.0, top_p=1.0) -> Iterator[str]:
+                 max_new_tokens=512, temperature=0.0, top_p=1.0,
+                 cache: ChatCache | None = None) -> Iterator[str]:
     """Yield the reply to a conversation in pieces of text, as it is generated.
 
     images: (3, H, W) each, one for every `<image>` in the turns.
+    cache: of the turns before; it is brought up to date.
     Raises TooLongError.
     """
     tokens, _, room = tokenize_prompts(model, tokenizer, [turns])  # (1, T)
     max_new_tokens = min(max_new_tokens, room.item())
     eos_id, stop = stop_condition(model, tokenizer)
-    pixels = torch.stack(images) if images else None  # (N, 3, H, W)
+    cache, prompt = cache or ChatCache(), tokens[0].tolist()
+    new_tokens = tokens[:, cache.reuse(model, prompt, images) :]
+    new_images = images[cache.num_images(model) :]
+    pixels = torch.stack(new_images) if new_images else None  # (N, 3, H, W)
     reply, num_sent = [], 0  # the reply's tokens; how many characters of its text are yielded
-    for token in model.generate(tokens, pixels, max_new_tokens, temperature, top_p, eos_id):
+    for token in model.generate(new_tokens, pixels, max_new_tokens, temperature, top_p, eos_id,
+                                cache=cache.kv):
+        cache.tokens = prompt + reply  # the new token itself is computed with the next one
         if token.item() == eos_id:
             break
         reply.append(token.item())

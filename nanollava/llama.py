@@ -77,8 +77,15 @@ class KVCache:
         zero = torch.zeros((), dtype=self.keys[0].dtype, device=positions.device)
         return positions, zero.masked_fill(future, -torch.inf)
 
+    def grow(self, max_length: int) -> None:
+        """Make room for rows of max_length tokens; what is in the cache stays."""
+        missing = max_length - self.keys[0].shape[2]
+        for layer in range(len(self.keys) if missing > 0 else 0):  # one at a time, to save memory
+            self.keys[layer] = F.pad(self.keys[layer], (0, 0, 0, missing))
+            self.values[layer] = F.pad(self.values[layer], (0, 0, 0, missing))
+
     def truncate(self, lengths: torch.Tensor) -> None:
-        """Keep the first `lengths` (B,) tokens of each row; the others were padding."""
+        """Keep the first `lengths` (B,) tokens of each row, and give the other slots free."""
         self.num_slots = int(lengths.max())
         self.lengths = lengths.to(self.lengths.device)
 

@@ -185,7 +185,8 @@ class Llava(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, images: torch.Tensor | None = None, max_new_tokens=512,
                  temperature=0.0, top_p=1.0, eos_id: int | None = None,
-                 lengths: torch.Tensor | None = None, image_features: torch.Tensor | None = None):
+                 lengths: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
+                 cache: KVCache | None = None):
         """Yield the next token of every row, (B,) int64, step by step.
 
         tokens: (B, T) prompts, shorter ones padded on the right.
@@ -194,18 +195,22 @@ class Llava(nn.Module):
         eos_id: a row that has ended keeps yielding it, and generation stops when all rows have
             ended; without it, generation runs for max_new_tokens.
         lengths: (B,) tokens of each prompt without its padding, on the CPU; None means T.
+        cache: holds what comes before `tokens`, for rows of equal length; it is extended.
         """
         B, T = tokens.shape
         lengths = torch.full((B,), T) if lengths is None else lengths
         if image_features is None:
             image_features = self.encode_images(images)
         embeds = self.merge_image_features(tokens, image_features)  # (B, T, D)
-        cache = KVCache(self.config.text, B, T + max_new_tokens, self.dtype, self.device)
+        if cache is None:
+            cache = KVCache(self.config.text, B, 0, self.dtype, self.device)
+        before = cache.num_slots
+        cache.grow(before + T + max_new_tokens)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         # the prompts: only the last token of each row predicts
         last = to_device(torch.arange(B) * T + lengths - 1, self.device)  # (B,)
         hidden = self.language_model(embeds, cache, keep=last)[:, None]  # (B, 1, D)
-        cache.truncate(lengths)  # drop the padding; new tokens take its slots
+        cache.truncate(before + lengths)  # drop the padding; new tokens take its slots
         for step in range(max_new_tokens):
             logits = self.language_model.logits(hidden)[:, 0].float()  # (B, V)
             next_token = sample_next_token(logits, temperature, top_p)  # (B,)

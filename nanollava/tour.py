@@ -23,7 +23,8 @@ import inspect
 import io
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
@@ -43,7 +44,7 @@ def parse_arguments():
     add("--prompt", default=PROMPT, help="question (default: %(default)s)")
     add("--out", type=out_file, default=Path("tour.html"),
         help="page to write (default: %(default)s)")
-    add("--max-new-tokens", type=in_range(1, 256), default=48,
+    add("--max-new-tokens", type=in_range(1, 128), default=48,
         help="maximum length of the answer (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the weights and the computation (default: bfloat16 where it is fast)")
@@ -71,6 +72,7 @@ from .llama import Attention, Llama, apply_rotary_emb
 from .llava import Llava
 from .tokenizer import Tokenizer
 
+FRESH = 8  # untrained projectors that say which cosines are chance
 NUM_WORDS = 5  # nearest words of a patch, likeliest words at a position
 COLUMNS = 6  # patches of a row on the terminal
 PAGE = Path(__file__).with_name("tour_page.html")
@@ -95,7 +97,8 @@ def write_tour(folder: Path, image_path: Path, prompt: str, out: Path, max_new_t
     model, tokenizer = open_llava(folder, dtype, device)
     tour = take_tour(model, tokenizer, image, prompt, max_new_tokens)
     views = compare_projectors(model, tokenizer, tour.pixels, folder)
-    write_page(out, f"{image_path.name} in {folder}", tour, tokenizer, views)
+    name = "/".join(folder.resolve().parts[-2:])
+    write_page(out, f"{image_path.name} in {name}", tour, tokenizer, views)
     return tour
 
 
@@ -114,9 +117,9 @@ class Step:
 
 @dataclass
 class Tour:
-    """What one image and one question leave behind.
+    """The results for one image and one question.
 
-    P patches, T tokens of the row, A tokens of the answer with its stop, L blocks of the LLM.
+    P image tokens, T tokens of the row, A tokens of the answer with its stop, L blocks of the LLM.
     """
 
     pixels: torch.Tensor  # (1, 3, H, W)
@@ -136,9 +139,13 @@ def take_tour(model: Llava, tokenizer: Tokenizer, image: Image.Image, prompt: st
               max_new_tokens: int = 48) -> Tour:
     """Answer a question about an image, then follow question and answer through the model.
 
-    Raises TooLongError if the question fills the model's context.
+    Raises InputError if the question fills the model's context, or if the image tokens are not a
+    square grid.
     """
     config = model.config
+    if math.isqrt(config.tokens_per_image) ** 2 != config.tokens_per_image:
+        raise InputError(f"an image has {config.tokens_per_image} tokens in this model: the tour "
+                         "shows only square grids")
     # 1. the image becomes pixels, and the model answers
     pixels = preprocess(image, config.image_size)  # (3, H, W)
     turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\n{prompt}"}]
@@ -152,7 +159,8 @@ def take_tour(model: Llava, tokenizer: Tokenizer, image: Image.Image, prompt: st
     steps, features, logits, attention = trace(model, pixels[None], tokens, predicting)
     # 4. numbers become words
     return Tour(pixels[None], prompt, answer, steps, tokens, labels,
-                nearest_words(model, tokenizer, features[0]), near_cosine(model, tokenizer),
+                nearest_words(model, tokenizer, features[0]),
+                near_cosine(model, tokenizer, pixels[None]),
                 likeliest_words(tokenizer, logits), attention)
 
 
@@ -195,7 +203,7 @@ def list_steps(model: Llava, outputs: dict, pixels: torch.Tensor, row: torch.Ten
     """The steps of figure 1, with the numbers of this model."""
     config, tower, llama = model.config, model.vision_tower, model.language_model.model
     vision, num_blocks = config.vision, len(tower.encoder.layers)
-    last = num_blocks + config.feature_layer  # the index of the last block that runs
+    blocks = tower.encoder.layers[: num_blocks + 1 + config.feature_layer]  # those that run
     patches = (1, vision.num_patches, vision.hidden_size)
 
     def step(what: str, result, code, meaning: str) -> Step:
@@ -213,12 +221,11 @@ def list_steps(model: Llava, outputs: dict, pixels: torch.Tensor, row: torch.Ten
         step("pixels", pixels, preprocess, "the image, resized, cropped and normalized"),
         ran("patches", embeddings.patch_embedding, f"each {vision.patch_size} x "
             f"{vision.patch_size} pixels become a vector, by one matrix"),
-        ran("+ positions", embeddings, "a class token in front; where each patch is"),
-        ran("ViT block 1", tower.encoder.layers[0], "each patch attends to all patches"),
-        ran(f"ViT block {last + 1}", tower.encoder.layers[last],
-            f"what is where; layer {config.feature_layer} of {num_blocks}, later ones do not run"),
-        Step("patch features", patches, embeds.dtype, "without the class token",
-             "llava.py Llava.encode_images"),
+        ran("+ positions", embeddings, "a class token in front; a position added to each vector"),
+        *(ran(f"ViT block {number}", block, "each patch attends to all patches")
+          for number, block in list(enumerate(blocks, 1))[:: max(1, len(blocks) - 1)]),
+        Step("patch features", patches, embeds.dtype, f"after block {len(blocks)} of {num_blocks}, "
+             "without the class token", "llava.py Llava.encode_images"),
         ran("image features", model.multi_modal_projector,
             "the projector: from the ViT's space to the LLM's, H_v = W Z_v"),
         step("row", row, tokenize_conversation, "BOS, system, image, question, answer, stop"),
@@ -236,13 +243,14 @@ def list_steps(model: Llava, outputs: dict, pixels: torch.Tensor, row: torch.Ten
 
 
 def word_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """{word: token} of the vocabulary: pieces that begin a word, one for several spellings."""
+    """{word: token} of the vocabulary: pieces that begin a word, in lower case if there is one."""
     words = {}
     for token in range(len(tokenizer)):
         piece = tokenizer.piece(token)
         word = piece.replace("▁", " ").strip()
         if piece.startswith("▁") and len(word) > 1 and any(map(str.isalpha, word)):
-            words.setdefault(word.lower(), token)
+            if word.lower() == word or word.lower() not in words:
+                words[word.lower()] = token
     return words
 
 
@@ -256,36 +264,52 @@ def nearest_words(model: Llava, tokenizer: Tokenizer, features: torch.Tensor,
     words = word_tokens(tokenizer)
     table = model.language_model.model.embed_tokens.weight
     mean = table.mean(dim=0, dtype=torch.float32)  # (D,)
-    centered = F.normalize(features.float() - mean, dim=-1)
+    centered = F.normalize(features.to(table.device).float() - mean, dim=-1)
     cosines = []  # of 4096 words at a time: a copy of all embeddings in float32 would be large
     for tokens in torch.tensor(list(words.values()), device=table.device).split(4096):
         embeds = F.normalize(table[tokens].float() - mean, dim=-1)  # (4096, D)
         cosines.append(centered @ embeds.T)
-    return top_words(torch.cat(cosines, dim=-1), list(words), count)
+    return top_words(torch.cat(cosines, dim=-1), list(words).__getitem__, count)
 
 
-def near_cosine(model: Llava, tokenizer: Tokenizer) -> float:
-    """About the largest cosine of a vector with V random ones of D dimensions: sqrt(2 ln V / D)."""
-    V, D = len(word_tokens(tokenizer)), model.config.text.hidden_size
-    return math.sqrt(2 * math.log(V) / D)
+def near_cosine(model: Llava, tokenizer: Tokenizer, pixels: torch.Tensor) -> float:
+    """The cosine that the nearest word of a patch exceeds in one of 20 cases by chance: with
+    projectors that were not trained, on this image."""
+    patches = view_patches(model, pixels, model.config.feature_layer)
+    best = [row[0][1] for seed in range(FRESH)
+            for row in nearest_words(model, tokenizer, fresh_projector(model, seed)(patches)[0], 1)]
+    return float(torch.tensor(best).quantile(0.95))
+
+
+def view_patches(model: Llava, pixels: torch.Tensor, layer: int) -> torch.Tensor:
+    """The ViT's patches (1, P, D_vision) at a layer, without the class token."""
+    return model.vision_tower(pixels.to(model.device, model.dtype), layer)[:, 1:]
+
+
+def fresh_projector(model: Llava, seed: int) -> nn.Module:
+    """An untrained projector of the model's type."""
+    torch.manual_seed(seed)
+    fresh = type(model.multi_modal_projector)(model.config.vision, model.config.text.hidden_size)
+    return fresh.to(model.device)
 
 
 def likeliest_words(tokenizer: Tokenizer, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
     """For logits (A, V), the tokens with the largest probabilities."""
-    names = [token_text(tokenizer, token) for token in range(logits.shape[1])]
-    return top_words(logits.softmax(dim=-1), names, NUM_WORDS)
+    return top_words(logits.softmax(dim=-1), lambda token: token_text(tokenizer, token), NUM_WORDS)
 
 
-def top_words(scores: torch.Tensor, names: list[str], count: int) -> list[list[tuple[str, float]]]:
-    """The `count` names with the largest scores (N, len(names)) in each of N rows."""
-    best = scores.topk(min(count, len(names)), dim=-1)
-    return [[(names[index], value) for index, value in zip(*row)]
+def top_words(scores: torch.Tensor, name: Callable, count: int) -> list[list[tuple[str, float]]]:
+    """For scores (N, V), the names of the `count` largest in each of N rows, with the scores."""
+    best = scores.topk(min(count, scores.shape[1]), dim=-1)
+    return [[(name(index), value) for index, value in zip(*row)]
             for row in zip(best.indices.tolist(), best.values.tolist())]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token as it reads in a text; public models have more embeddings than the vocabulary."""
-    return tokenizer.piece(token).replace("▁", " ") if token < len(tokenizer) else f"[{token}]"
+    if token >= len(tokenizer):
+        return f"[{token}]"
+    return tokenizer.piece(token).replace("▁", " ").replace("<0x0A>", "\n")
 
 
 @contextlib.contextmanager
@@ -321,7 +345,7 @@ def attention_weights(attention: Attention, x: torch.Tensor, rope, queries: torc
                          sin[:, :, queries])  # (1, heads, A, head_dim)
     k = apply_rotary_emb(heads(attention.k_proj(x)), cos, sin)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # a key head may serve several queries
-    scores = (q @ k.mT).float() / math.sqrt(attention.head_dim)  # (1, heads, A, T)
+    scores = q.float() @ k.float().mT / math.sqrt(attention.head_dim)  # (1, heads, A, T)
     future = torch.arange(T, device=x.device) > queries[:, None]  # (A, T)
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1)[0].mean(dim=0)
 
@@ -329,16 +353,14 @@ def attention_weights(attention: Attention, x: torch.Tensor, rope, queries: torc
 def list_projectors(model: Llava, folder: Path) -> dict[str, tuple[Llava, nn.Module]]:
     """{name: (the LLaVA that it belongs to, the projector)}: before and after training.
 
-    A model in RUN/stage2 is compared with RUN/stage1, where that exists.
+    A model after stage 2 is compared with the folder stage1 beside it, if that fits.
     """
-    torch.manual_seed(0)
-    fresh = type(model.multi_modal_projector)(model.config.vision, model.config.text.hidden_size)
-    projectors = {"fresh projector": (model, fresh.to(model.device))}
-    stage1 = folder.parent / "stage1"
-    if folder.name == "stage2" and (stage1 / "config.json").is_file():
+    projectors = {"untrained": (model, fresh_projector(model, 0))}
+    stage, stage1 = model.config.stage, folder.resolve().parent / "stage1"
+    if stage == 2 and (stage1 / "config.json").is_file():
         start = Llava.from_pretrained(stage1, dtype=None)  # memory-mapped
-        projectors["after stage 1"] = (start, start.multi_modal_projector.to(model.device))
-    stage = model.config.stage
+        if replace(start.config, stage=2, template=model.config.template) == model.config:
+            projectors["after stage 1"] = (start, start.multi_modal_projector.to(model.device))
     name = f"after stage {stage}" if stage else "this model"
     return projectors | {name: (model, model.multi_modal_projector)}
 
@@ -348,13 +370,12 @@ def compare_projectors(model: Llava, tokenizer: Tokenizer, pixels: torch.Tensor,
                        folder: Path) -> dict[str, list]:
     """{name: nearest words of each patch} for each projector, and the last for another layer."""
     layer = model.config.feature_layer
-    other = -3 - layer  # -1 for -2, and the other way round
+    other = -2 if layer == -1 else -1
     views = {name: (*pair, layer) for name, pair in list_projectors(model, folder).items()}
     last = list(views)[-1]
-    views[f"{last}, layer {other}"] = (model, model.multi_modal_projector, other)
-    pixels = pixels.to(model.device, model.dtype)
-    return {name: nearest_words(owner, tokenizer,
-                                projector(model.vision_tower(pixels, layer)[:, 1:])[0])
+    views[f"{last}, layer {other} read by the projector for {layer}"] = (
+        model, model.multi_modal_projector, other)
+    return {name: nearest_words(owner, tokenizer, projector(view_patches(model, pixels, layer))[0])
             for name, (owner, projector, layer) in views.items()}
 
 

@@ -65,7 +65,7 @@ def test_stream_yields_the_reply_in_pieces(model, tokenizer):
 def test_reply_ends_where_the_context_is_full(model, tokenizer):
     model.config.text.max_position_embeddings = 60
     calls = []
-    model.generate = lambda tokens, pixels, max_new_tokens, *_: \
+    model.generate = lambda tokens, pixels, max_new_tokens, *_, **__: \
         calls.append((tokens.shape[1], max_new_tokens)) or []
     list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
     (length, max_new_tokens), = calls

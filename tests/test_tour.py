@@ -14,6 +14,7 @@ from nanollava import tour
 from nanollava.chat import stream_reply
 from nanollava.conversation import IGNORE_INDEX
 from nanollava.image import preprocess
+from nanollava.infra.io import InputError
 from nanollava.llama import Attention, LlamaConfig, rope_cos_sin
 from nanollava.tour import attention_weights, nearest_words, take_tour, word_tokens, write_page
 
@@ -33,9 +34,9 @@ def taken(model, tokenizer, image):
 def test_steps_have_the_shapes_of_the_model_and_name_code_that_exists(taken, model):
     T, A = len(taken.tokens), len(taken.likeliest)
     assert [step.shape for step in taken.steps] == [
-        (1, 3, 32, 32), (1, 16, 4, 4), (1, 17, 16), (1, 17, 16), (1, 17, 16), (1, 16, 16),
+        (1, 3, 32, 32), (1, 16, 4, 4), (1, 17, 16), (1, 17, 16), (1, 16, 16),
         (1, 16, 32), (1, T), (1, T, 32), (1, T, 32), (A, 32), (A, model.config.text.vocab_size)]
-    assert taken.steps[4].what == f"ViT block {len(model.vision_tower.encoder.layers) - 1}"
+    assert taken.steps[4].meaning.startswith("after block 1 of 2")
     for step in taken.steps:
         file, name = step.code.split()
         code = importlib.import_module(f"nanollava.{file.removesuffix('.py')}")
@@ -68,19 +69,21 @@ def test_attention_weights_are_those_of_the_forward_pass(key_heads):
     torch.manual_seed(0)
     attention = Attention(LlamaConfig(hidden_size=32, num_attention_heads=4,
                                       num_key_value_heads=key_heads))
-    torch.nn.init.zeros_(attention.q_proj.weight[8:])  # heads 1 to 3 attend evenly
+    torch.nn.init.zeros_(attention.q_proj.weight[:8])  # all heads but the second attend evenly
+    torch.nn.init.zeros_(attention.q_proj.weight[16:])
     x, rope = torch.randn(1, 7, 32), rope_cos_sin(torch.arange(7)[None], LlamaConfig(
         hidden_size=32, num_attention_heads=4))
     queries = torch.tensor([2, 6])
     even = torch.tensor([[float(key <= query) / (query + 1) for key in range(7)]
                          for query in queries.tolist()])
-    first_head = 4 * attention_weights(attention, x, rope, queries) - 3 * even  # from the mean
-    # only the first head reaches the output
+    second_head = 4 * attention_weights(attention, x, rope, queries) - 3 * even  # from the mean
+    # only the second head reaches the output
     torch.nn.init.zeros_(attention.o_proj.weight)
-    torch.nn.init.eye_(attention.o_proj.weight[:8, :8])
-    values = attention.v_proj(x)[0, :, :8]
+    torch.nn.init.eye_(attention.o_proj.weight[:8, 8:16])
+    key_head = 8 * (key_heads // 4)  # two heads share the first key head, if there are two
+    values = attention.v_proj(x)[0, :, key_head : key_head + 8]
     expected = attention(x, rope)[0, queries, :8]
-    torch.testing.assert_close(first_head @ values, expected)
+    torch.testing.assert_close(second_head @ values, expected)
 
 
 def test_nearest_words_are_found_whatever_all_embeddings_have_in_common(model, tokenizer):
@@ -119,3 +122,42 @@ def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
     assert kinds.count("image") == 16 and A == len(data["likeliest"])
     shades = base64.b64decode(data["attention"]["shades"])
     assert len(shades) == data["attention"]["blocks"] * A * 16 and max(shades) == 255
+
+
+def test_near_is_what_untrained_projectors_reach_in_one_of_twenty_cases(model, tokenizer, taken):
+    best = torch.tensor([row[0][1] for seed in range(tour.FRESH) for row in nearest_words(
+        model, tokenizer, tour.fresh_projector(model, seed)(
+            model.vision_tower(taken.pixels)[:, 1:])[0])])
+    assert (best > taken.near).float().mean() == pytest.approx(1 / 20, abs=0.01)
+
+
+@pytest.mark.parametrize("layer, steps", [(-1, 12), (-2, 11), (-3, 10)])
+def test_each_feature_layer_has_its_steps(model, tokenizer, image, layer, steps):
+    model.config.feature_layer = layer
+    found = take_tour(model, tokenizer, image, PROMPT, 2).steps
+    assert len(found) == steps
+    assert sum(step.what.startswith("ViT block") for step in found) == steps - 10
+
+
+def test_grid_that_is_not_square_is_refused(model, tokenizer, image, monkeypatch):
+    monkeypatch.setattr(type(model.multi_modal_projector), "tokens_per_image", lambda vision: 10)
+    with pytest.raises(InputError, match="10 tokens in this model: the tour shows only square"):
+        take_tour(model, tokenizer, image, PROMPT)
+
+
+@pytest.mark.parametrize("template", ["v0", "plain"])
+def test_other_templates_and_an_empty_answer(model, tokenizer, image, template, monkeypatch):
+    model.config.template = template
+    assert take_tour(model, tokenizer, image, PROMPT, 3).likeliest
+    monkeypatch.setattr(tour, "stream_reply", lambda *_: iter(()))
+    taken = take_tour(model, tokenizer, image, PROMPT, 3)  # only the stop is left
+    assert taken.answer == "" and len(taken.likeliest) == taken.attention.shape[1] > 0
+
+
+def test_words_of_both_spellings_have_the_lower_one():
+    class Vocabulary(list):
+        def piece(self, token):
+            return self[token]
+
+    words = word_tokens(Vocabulary(["▁God", "▁god", "▁The", "god", "<0x0A>", "▁"]))
+    assert words == {"god": 1, "the": 2}

@@ -1,8 +1,8 @@
 """Do patches become words, and does the model look at what it names? Counted in the toy world.
 
 `tour.py` shows the words that are nearest to each patch, and where the model looks while it
-answers. In the toy world the truth about each patch is known, so both can be scored. Controls: a
-projector that was never trained; the attention maps of another image; a patch chosen at random.
+answers. In the toy world the truth about each patch is known, so both can be scored. Controls:
+projectors that were never trained; the words and the attention of another image; chance.
 """
 
 import random
@@ -10,6 +10,7 @@ from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 
@@ -19,11 +20,14 @@ from ..infra.io import InputError
 from ..infra.progress import progress
 from ..llava import Llava
 from ..tokenizer import Tokenizer, open_tokenizer
-from ..tour import PROMPT, list_projectors, nearest_words, take_tour, token_text
+from ..tour import (NUM_WORDS, PROMPT, fresh_projector, list_projectors, nearest_words, take_tour,
+                    token_text, view_patches, word_tokens)
 from .clip import VISION_CONFIG, things_on_patches
 from .scene import COLORS, KINDS, Box, Scene, Thing, draw_image, random_boxes, random_scenes
 
 ATTRIBUTES = ("kind", "color", "size", "place")
+EMPTY = "a kind, on empty ground"
+UNTRAINED = 10  # projectors whose mean is a control
 Example = tuple[Scene, list[Box], object]  # things, their boxes, the image
 
 
@@ -38,31 +42,55 @@ def draw_examples(count: int, seed: int) -> list[Example]:
 
 def evaluate_lens(run: Path, device: str, count: int,
                   seed: int = 0) -> dict[str, dict[str, dict[str, float]]]:
-    """{"words" or "attention": {column: {row: percent}}} of RUN/stage2 and its projectors."""
+    """{"words" or "attention": {column: {row: percent}}} of RUN/stage2 and its projectors.
+
+    Raises InputError if the model does not see the toy world patch by patch.
+    """
     folder = run / "stage2"
     model = Llava.from_pretrained(folder, device=device)
+    if model.config.vision != VISION_CONFIG or \
+            model.config.tokens_per_image != VISION_CONFIG.num_patches:
+        raise InputError(f"{folder} does not have the toy CLIP's patches, or joins them")
     tokenizer = open_tokenizer(folder, model.config)
     examples = draw_examples(count, seed)
-    columns = {}
+    columns = {"chance": {attribute: 100 * NUM_WORDS / len(word_tokens(tokenizer))
+                          for attribute in ATTRIBUTES}}
+    columns["untrained"] = mean_columns(
+        [score_words(model, model, fresh_projector(model, number), tokenizer, examples, -2)
+         for number in range(UNTRAINED)])
     for name, (owner, projector) in list_projectors(model, folder).items():
-        for layer in (-2, -1):
-            columns[f"{name}, {layer}"] = score_words(
-                model, owner, projector, tokenizer, examples, layer)
+        if name != "untrained":
+            for layer in (-2, -1):
+                columns[f"{name}, {layer}"] = score_words(
+                    model, owner, projector, tokenizer, examples, layer)
+    truths = [example[:2] for example in examples]
+    others = [(*truth, image) for truth, (_, _, image) in
+              zip(truths[1:] + truths[:1], examples)]  # the truth about the next image
+    columns["another image"] = score_words(
+        model, model, model.multi_modal_projector, tokenizer, others, -2)
     return {"words": columns, "attention": score_attention(model, tokenizer, examples)}
+
+
+def mean_columns(columns: list[dict[str, float]]) -> dict[str, float]:
+    return {row: mean(column[row] for column in columns) for row in columns[0]}
 
 
 def format_lens(results: list[dict]) -> str:
     """Two tables of the results of several runs: mean, and standard deviation if there are more."""
     tables = []
     for part in ("words", "attention"):
-        columns = list(results[0][part])
-        rows = [[row, *(format_values([result[part][column][row] for result in results])
-                        for column in columns)] for row in results[0][part][columns[0]]]
+        columns = [column for column in results[0][part]
+                   if all(column in result[part] for result in results)]
+        rows = [[row, *(format_values([result[part][column][row] for result in results
+                                       if row in result[part][column]]) for column in columns)]
+                for row in results[0][part][columns[-1]]]
         tables.append(format_table(["", *columns], rows))
     return "\n\n".join(tables)
 
 
 def format_values(values: list[float]) -> str:
+    if not values:
+        return ""
     spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return f"{mean(values):.1f}{spread}"
 
@@ -78,17 +106,16 @@ def score_words(model: Llava, owner: Llava, projector, tokenizer: Tokenizer,
     place; percent of the empty patches whose five nearest words contain a kind."""
     results = defaultdict(list)
     for things, boxes, image in examples:
-        pixels = preprocess(image, model.config.image_size)[None].to(model.device)
-        features = projector(model.vision_tower(pixels, layer)[:, 1:])[0]  # (P, D)
-        touched = touched_patches(boxes)
-        for patch, (row, thing) in enumerate(zip(nearest_words(owner, tokenizer, features),
-                                                 things_on_patches(things, boxes))):
+        pixels = preprocess(image, model.config.image_size)[None]
+        found = nearest_words(owner, tokenizer, projector(view_patches(model, pixels, layer))[0])
+        touched, truth = touched_patches(boxes), things_on_patches(things, boxes)
+        for patch, (row, thing) in enumerate(zip(found, truth, strict=True)):
             words = {word for word, _ in row}
             if thing:
                 for attribute in ATTRIBUTES:
                     results[attribute].append(getattr(thing, attribute) in words)
             elif patch not in touched:
-                results["a kind, on empty ground"].append(not words.isdisjoint(KINDS))
+                results[EMPTY].append(not words.isdisjoint(KINDS))
     return {name: 100 * mean(values) for name, values in results.items()}
 
 
@@ -105,37 +132,54 @@ def touched_patches(boxes: list[Box]) -> set[int]:
 # Attention
 
 
+class Look(NamedTuple):
+    """Where the model looks when it predicts a word for the kind or the color of one thing."""
+
+    attention: torch.Tensor  # (L, P)
+    patches: set[int]  # those of the thing
+    is_kind: bool
+    is_first_half: bool  # of the images
+
+
 def score_attention(model: Llava, tokenizer: Tokenizer,
                     examples: list[Example]) -> dict[str, dict[str, float]]:
-    """Of the words of a caption that name a kind or color of one thing alone: percent of those
-    whose attention is strongest on that thing. The block is chosen on the first half of the images,
-    and scored on the second."""
-    found = []  # (half, maps (L, P), patches of the thing, whether it names a kind)
-    for number, (things, boxes, image) in enumerate(progress(examples, "attention", "images")):
-        tour = take_tour(model, tokenizer, image, PROMPT, max_new_tokens=64)
-        answer = tour.tokens[-len(tour.likeliest) :]
-        for position, token in enumerate(answer):
-            word = token_text(tokenizer, token).strip()
-            if thing := named_thing(word, things):
-                patches = touched_patches([boxes[things.index(thing)]])
-                found.append((number < len(examples) // 2, tour.attention[:, position], patches,
-                              word in KINDS))
+    """Of a caption's words for the kind or color that one thing alone has: percent of those whose
+    attention is strongest on that thing, by block. The best block is chosen on the first half of
+    the images; everything is scored on the second half."""
+    looks = [look for number, example in enumerate(progress(examples, "attention", "images"))
+             for look in find_looks(model, tokenizer, example, number < len(examples) // 2)]
     columns = {}
     for name, is_kind in (("kind", True), ("color", False)):
-        first = [row for row in found if row[0] and row[3] == is_kind]
-        second = [row for row in found if not row[0] and row[3] == is_kind]
-        if not first or not second:
-            raise InputError(f"no caption of the model names a {name} that one thing alone has")
-        block = max(range(len(found[0][1])), key=lambda block: peak_share(first, block))
+        first, second = ([look for look in looks if look.is_kind == is_kind
+                          and look.is_first_half == is_first] for is_first in (True, False))
+        if not first or len(second) < 2:
+            raise InputError(f"the captions of the model hardly name a {name}")
+        blocks = range(len(first[0].attention))
+        best = max(blocks, key=lambda block: peak_share(first, block))
         others = second[len(second) // 2 :] + second[: len(second) // 2]  # of another image
-        swapped = [(half, other[1], patches, is_kind)
-                   for (half, _, patches, is_kind), other in zip(second, others)]
+        swapped = [look._replace(attention=other.attention)
+                   for look, other in zip(second, others)]
         columns[f"words for a {name}"] = {
-            "look at the thing": peak_share(second, block),
-            "with the maps of another image": peak_share(swapped, block),
-            "a random patch": 100 * mean(len(row[2]) / row[1].shape[1] for row in second),
-            "block": block + 1}
+            **{f"block {block + 1}": peak_share(second, block) for block in blocks},
+            "the best block": peak_share(second, best),
+            "with another image's attention": peak_share(swapped, best),
+            "a random patch": 100 * mean(len(look.patches) / look.attention.shape[1]
+                                         for look in second)}
     return columns
+
+
+def find_looks(model: Llava, tokenizer: Tokenizer, example: Example,
+               is_first_half: bool) -> list[Look]:
+    """The words of a caption that name a kind or color of one thing alone."""
+    things, boxes, image = example
+    tour = take_tour(model, tokenizer, image, PROMPT, max_new_tokens=64)
+    looks = []
+    for number, token in enumerate(tour.tokens[-len(tour.likeliest) :]):
+        word = token_text(tokenizer, token).strip()
+        if thing := named_thing(word, things):
+            patches = touched_patches([boxes[things.index(thing)]])
+            looks.append(Look(tour.attention[:, number], patches, word in KINDS, is_first_half))
+    return looks
 
 
 def named_thing(word: str, things: Scene) -> Thing | None:
@@ -146,6 +190,6 @@ def named_thing(word: str, things: Scene) -> Thing | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def peak_share(rows: list[tuple], block: int) -> float:
-    """Percent of the maps of a block whose largest value is on the thing."""
-    return 100 * mean(int(maps[block].argmax()) in patches for _, maps, patches, _ in rows)
+def peak_share(looks: list[Look], block: int) -> float:
+    """Percent of the looks whose attention in a block is strongest on a patch of the thing."""
+    return 100 * mean(int(look.attention[block].argmax()) in look.patches for look in looks)

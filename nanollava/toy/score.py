@@ -116,6 +116,6 @@ def write_run_report(
         exchange = Exchange(question, reply, answer, is_correct(reply, answer))
         exchanges[data / "images" / row["image"]].append(exchange)
     cards = list(exchanges.items())[:CARDS]
-    links = {"tour.html": "See how a picture turns into words"}
-    links = {file: text for file, text in links.items() if (run / file).exists()}
+    has_tour = (run / "tour.html").exists()
+    links = {"tour.html": "See how a picture turns into words"} if has_tour else {}
     write_report(run / "report.html", "A toy LLaVA", curves, columns, cards, links)

@@ -1,12 +1,14 @@
 """`python -m nanollava.tour` as a user runs it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from nanollava.llava import Llava, LlavaConfig
 from tests.test_tour import data_of
 
 
@@ -21,9 +23,21 @@ def test_command_compares_projectors_before_and_after_training(command, model, t
     assert code == 0, error
     assert "llava.py Llava.merge_image_features" in out and "Answer: " in out
     views = data_of(tmp_path / "page.html")["views"]
-    assert list(views) == ["fresh projector", "after stage 1", "after stage 2",
-                           "after stage 2, layer -1"]
+    assert list(views) == ["untrained", "after stage 1", "after stage 2",
+                           "after stage 2, layer -1 read by the projector for -2"]
     assert len({json.dumps(words) for words in views.values()}) == 4
+
+
+def test_stage_1_of_another_model_is_not_compared(command, model, tokenizer, tmp_path):
+    model.config.stage = 2
+    model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
+    other = LlavaConfig(model.config.vision, replace(model.config.text, intermediate_size=8),
+                        image_token_id=model.config.image_token_id, stage=1)
+    Llava(other).save_pretrained(tmp_path / "stage1", [tokenizer.path])
+    code, _, error = command("nanollava.tour", "--model", "stage2", "--out", "page.html",
+                             "--max-new-tokens", 1)
+    assert code == 0, error
+    assert "after stage 1" not in data_of(tmp_path / "page.html")["views"]
 
 
 @pytest.mark.parametrize("words, message", [

@@ -11,7 +11,7 @@ from nanollava.toy.clip import things_on_patches
 from nanollava.toy.scene import Thing
 from nanollava.tour import Tour
 
-CAT, DOG = Thing(0, "cat", "red", "big"), Thing(8, "car", "red", "small")
+CAT, CAR = Thing(0, "cat", "red", "big"), Thing(8, "car", "red", "small")
 BOXES = [(2, 2, 30, 30), (70, 70, 20, 20)]  # patches 0, 1, 6, 7, and 28, 29, 34, 35
 
 
@@ -22,9 +22,9 @@ def test_patches_that_a_box_reaches_into():
 
 
 def test_word_names_a_thing_if_only_one_has_it():
-    assert lens.named_thing("cat", (CAT, DOG)) == CAT
-    assert lens.named_thing("red", (CAT, DOG)) is None
-    assert lens.named_thing("red", (DOG,)) == DOG
+    assert lens.named_thing("cat", (CAT, CAR)) == CAT
+    assert lens.named_thing("red", (CAT, CAR)) is None
+    assert lens.named_thing("red", (CAR,)) == CAR
     assert lens.named_thing("a", (CAT,)) is None
 
 
@@ -32,6 +32,8 @@ class Features(torch.nn.Module):
     """Stands for the model, its ViT and its projector."""
 
     device, config = torch.device("cpu"), type("config", (), {"image_size": 96})
+
+    dtype = torch.float32
 
     def vision_tower(self, pixels, layer):
         return torch.zeros(1, 37, 4)
@@ -49,7 +51,7 @@ def test_words_are_scored_on_the_thing_and_on_empty_ground(monkeypatch, words, e
     image = lens.draw_image((CAT,), BOXES[:1], random.Random(0))
     scores = lens.score_words(Features(), None, Features(), None, [((CAT,), BOXES[:1], image)], -2)
     assert tuple(scores.values()) == expected
-    assert list(scores) == [*lens.ATTRIBUTES, "a kind, on empty ground"]
+    assert list(scores) == [*lens.ATTRIBUTES, lens.EMPTY]
 
 
 def fake_tour(tokenizer, patch_of_block):
@@ -70,8 +72,8 @@ def test_attention_is_scored_in_the_block_that_is_best_on_other_images(tokenizer
         tokenizer, (35, 7) if number < 4 else (7, 35)))
     scores = lens.score_attention(None, tokenizer, examples)
     assert scores["words for a kind"] == {
-        "look at the thing": 0, "with the maps of another image": 0,
-        "a random patch": pytest.approx(100 * 4 / 36), "block": 2}
+        "block 1": 100, "block 2": 0, "the best block": 0, "with another image's attention": 0,
+        "a random patch": pytest.approx(100 * 4 / 36)}
 
 
 def test_maps_of_another_image_are_a_control(tokenizer, monkeypatch):
@@ -79,14 +81,14 @@ def test_maps_of_another_image_are_a_control(tokenizer, monkeypatch):
     monkeypatch.setattr(lens, "take_tour", lambda model, tokenizer, patch, *_, **__: fake_tour(
         tokenizer, (patch,)))
     scores = lens.score_attention(None, tokenizer, scenes * 2)["words for a color"]
-    assert scores["look at the thing"] == 100 and scores["with the maps of another image"] == 0
+    assert (scores["the best block"], scores["with another image's attention"]) == (100, 0)
 
 
 def test_model_that_names_nothing_is_an_input_error(tokenizer, monkeypatch):
     tour = fake_tour(tokenizer, (0,))
     tour.tokens[:] = tokenizer.encode("so")[:1] * 2
     monkeypatch.setattr(lens, "take_tour", lambda *_, **__: tour)
-    with pytest.raises(InputError, match="no caption of the model names a kind"):
+    with pytest.raises(InputError, match="hardly name a kind"):
         lens.score_attention(None, tokenizer, [((CAT,), BOXES[:1], None)] * 4)
 
 
@@ -101,3 +103,9 @@ def test_table_has_means_and_spreads():
     one = {"words": {"fresh": {"kind": 1.0}}, "attention": {"kind": {"block": 2}}}
     two = {"words": {"fresh": {"kind": 3.0}}, "attention": {"kind": {"block": 2}}}
     assert "2.0 ± 1.4" in lens.format_lens([one, two]) and "±" not in lens.format_lens([one])
+
+
+def test_model_that_joins_patches_is_refused(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "stage2", [tokenizer.path])
+    with pytest.raises(InputError, match="does not have the toy CLIP's patches"):
+        lens.evaluate_lens(tmp_path, "cpu", 10)
