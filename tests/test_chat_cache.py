@@ -44,6 +44,7 @@ def test_next_turn_computes_only_its_own_tokens(model, tokenizer, images, comput
     cache, turns = ChatCache(), [human("<image>\nWhat is there?")]
     reply = ask(model, tokenizer, turns, images[:1], cache)
     first = computed[0]
+    assert len(cache.tokens) == sum(computed) > first  # the reply's tokens are kept, too
     turns += [gpt(reply), human("And where?")]
     computed.clear()
     ask(model, tokenizer, turns, images[:1], cache)
