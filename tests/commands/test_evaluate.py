@@ -16,7 +16,7 @@ from tests.benchmarks.test_scienceqa import COMET, NOUN
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {  # the arguments without which a command does not start
-    "toy": (), "ablations": (),
+    "toy": (), "ablations": (), "lens": (),
     "report": ("--model", "m", "--data", "d", "--images", "i"),
     "scienceqa": ("--data", "d", "--answers", "a"),
     "bench": ("--questions", "q", "--reference", "r", "--context", "c", "--out", "o",
@@ -25,7 +25,7 @@ REQUIRED = {  # the arguments without which a command does not start
 VALUES = {**dict.fromkeys(("--workers", "--batch-size", "--limit", "--seeds", "--steps", "--jobs",
                            "--max-reply-tokens"), ["2"]),
           "--dtype": ["float32"], "--split": ["val"], "--both-orders": [], "--run": ["runs"],
-          "--ensemble": ["gpt"]}
+          "--ensemble": ["gpt"], "--scenes": ["20"]}
 
 
 @pytest.fixture
