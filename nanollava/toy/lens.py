@@ -6,7 +6,6 @@ projectors that were never trained; the words and the attention of another image
 """
 
 import random
-from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
@@ -104,7 +103,7 @@ def score_words(model: Llava, owner: Llava, projector, tokenizer: Tokenizer,
                 examples: list[Example], layer: int) -> dict[str, float]:
     """Percent of the patches on a thing whose five nearest words contain its kind, color, size and
     place; percent of the empty patches whose five nearest words contain a kind."""
-    results = defaultdict(list)
+    results = {name: [] for name in (*ATTRIBUTES, EMPTY)}
     for things, boxes, image in examples:
         pixels = preprocess(image, model.config.image_size)[None]
         found = nearest_words(owner, tokenizer, projector(view_patches(model, pixels, layer))[0])
@@ -116,7 +115,7 @@ def score_words(model: Llava, owner: Llava, projector, tokenizer: Tokenizer,
                     results[attribute].append(getattr(thing, attribute) in words)
             elif patch not in touched:
                 results[EMPTY].append(not words.isdisjoint(KINDS))
-    return {name: 100 * mean(values) for name, values in results.items()}
+    return {name: 100 * mean(values) for name, values in results.items() if values}
 
 
 def touched_patches(boxes: list[Box]) -> set[int]:
