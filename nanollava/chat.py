@@ -82,13 +82,14 @@ def tokenize_prompts(model: Llava, tokenizer: Tokenizer, conversations: list[lis
 
 
 class ChatCache:
-    """The keys and values of a conversation so far: its next turn computes only what is new.
+    """The keys and values of a conversation so far: its next turn computes only new tokens.
 
-    It serves any conversation: what agrees with the one before, from the beginning, is kept.
+    Any conversation may follow: the tokens at its beginning that equal those in the cache are kept.
     """
 
     def __init__(self):
-        self.kv, self.tokens, self.images = None, [], []  # tokens: those whose keys are in kv
+        self.kv = None  # a KVCache of one row
+        self.tokens, self.images = [], []  # the tokens in kv, and the images of the last prompt
 
     def reuse(self, model: Llava, tokens: list[int], images: list[torch.Tensor]) -> int:
         """Drop what differs from a new prompt; return how many of its tokens are kept.

@@ -85,7 +85,7 @@ class KVCache:
             self.values[layer] = F.pad(self.values[layer], (0, 0, 0, missing))
 
     def truncate(self, lengths: torch.Tensor) -> None:
-        """Keep the first `lengths` (B,) tokens of each row, and give the other slots free."""
+        """Keep the first `lengths` (B,) tokens of each row; the other slots are free again."""
         self.num_slots = int(lengths.max())
         self.lengths = lengths.to(self.lengths.device)
 

@@ -72,7 +72,7 @@ from .llama import Attention, Llama, apply_rotary_emb
 from .llava import Llava
 from .tokenizer import Tokenizer
 
-FRESH = 8  # untrained projectors that say which cosines are chance
+NUM_UNTRAINED = 8  # untrained projectors that say which cosines are chance
 NUM_WORDS = 5  # nearest words of a patch, likeliest words at a position
 COLUMNS = 6  # patches of a row on the terminal
 PAGE = Path(__file__).with_name("tour_page.html")
@@ -276,8 +276,10 @@ def near_cosine(model: Llava, tokenizer: Tokenizer, pixels: torch.Tensor) -> flo
     """The cosine that the nearest word of a patch exceeds in one of 20 cases by chance: with
     projectors that were not trained, on this image."""
     patches = view_patches(model, pixels, model.config.feature_layer)
-    best = [row[0][1] for seed in range(FRESH)
-            for row in nearest_words(model, tokenizer, fresh_projector(model, seed)(patches)[0], 1)]
+    best = []
+    for seed in range(NUM_UNTRAINED):
+        features = untrained_projector(model, seed)(patches)[0]  # (P, D)
+        best += [row[0][1] for row in nearest_words(model, tokenizer, features, 1)]
     return float(torch.tensor(best).quantile(0.95))
 
 
@@ -286,7 +288,7 @@ def view_patches(model: Llava, pixels: torch.Tensor, layer: int) -> torch.Tensor
     return model.vision_tower(pixels.to(model.device, model.dtype), layer)[:, 1:]
 
 
-def fresh_projector(model: Llava, seed: int) -> nn.Module:
+def untrained_projector(model: Llava, seed: int) -> nn.Module:
     """An untrained projector of the model's type."""
     torch.manual_seed(seed)
     fresh = type(model.multi_modal_projector)(model.config.vision, model.config.text.hidden_size)
@@ -355,7 +357,7 @@ def list_projectors(model: Llava, folder: Path) -> dict[str, tuple[Llava, nn.Mod
 
     A model after stage 2 is compared with the folder stage1 beside it, if that fits.
     """
-    projectors = {"untrained": (model, fresh_projector(model, 0))}
+    projectors = {"untrained": (model, untrained_projector(model, 0))}
     stage, stage1 = model.config.stage, folder.resolve().parent / "stage1"
     if stage == 2 and (stage1 / "config.json").is_file():
         start = Llava.from_pretrained(stage1, dtype=None)  # memory-mapped

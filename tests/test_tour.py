@@ -125,8 +125,8 @@ def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
 
 
 def test_near_is_what_untrained_projectors_reach_in_one_of_twenty_cases(model, tokenizer, taken):
-    best = torch.tensor([row[0][1] for seed in range(tour.FRESH) for row in nearest_words(
-        model, tokenizer, tour.fresh_projector(model, seed)(
+    best = torch.tensor([row[0][1] for seed in range(tour.NUM_UNTRAINED) for row in nearest_words(
+        model, tokenizer, tour.untrained_projector(model, seed)(
             model.vision_tower(taken.pixels)[:, 1:])[0])])
     assert (best > taken.near).float().mean() == pytest.approx(1 / 20, abs=0.01)
 

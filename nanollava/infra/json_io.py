@@ -116,16 +116,16 @@ def read_json_item(path: str | Path, start: int, end: int, version: tuple | None
     version: the `file_version` of that time; without it, a change is noticed only if the bytes are
     no JSON any more.
     """
+    changed = InputError(f"{path} has changed since it was opened: start again")
+    if version not in (None, file_version(path)):
+        raise changed
+    with reading(path), open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(end - start)
     try:
-        if version not in (None, file_version(path)):
-            raise ValueError("another version")
-        with reading(path), open(path, "rb") as file:
-            file.seek(start)
-            return json.loads(file.read(end - start))
-    except InputError:
-        raise
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has changed since it was opened: start again") from error
+        raise changed from error
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:

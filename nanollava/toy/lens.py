@@ -19,8 +19,8 @@ from ..infra.io import InputError
 from ..infra.progress import progress
 from ..llava import Llava
 from ..tokenizer import Tokenizer, open_tokenizer
-from ..tour import (NUM_WORDS, PROMPT, fresh_projector, list_projectors, nearest_words, take_tour,
-                    token_text, view_patches, word_tokens)
+from ..tour import (NUM_WORDS, PROMPT, list_projectors, nearest_words, take_tour, token_text,
+                    untrained_projector, view_patches, word_tokens)
 from .clip import VISION_CONFIG, things_on_patches
 from .scene import COLORS, KINDS, Box, Scene, Thing, draw_image, random_boxes, random_scenes
 
@@ -55,7 +55,7 @@ def evaluate_lens(run: Path, device: str, count: int,
     columns = {"chance": {attribute: 100 * NUM_WORDS / len(word_tokens(tokenizer))
                           for attribute in ATTRIBUTES}}
     columns["untrained"] = mean_columns(
-        [score_words(model, model, fresh_projector(model, number), tokenizer, examples, -2)
+        [score_words(model, model, untrained_projector(model, number), tokenizer, examples, -2)
          for number in range(UNTRAINED)])
     for name, (owner, projector) in list_projectors(model, folder).items():
         if name != "untrained":
