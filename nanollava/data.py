@@ -4,8 +4,10 @@ All rows are checked before the first step (data_checks.py). A row is read and t
 images are opened, when a batch needs it.
 """
 
+import atexit
 import hashlib
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -167,3 +169,13 @@ def ignore_interrupts(worker: int) -> None:
     a checkpoint; they end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """An error's traceback can keep workers until exit, where Python sends SIGTERM and waits."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises RuntimeError
+    for worker in workers:
+        worker.kill()

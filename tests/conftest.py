@@ -1,5 +1,6 @@
 """Fixtures of all tests: the shipped vocabulary, a tiny LLaVA with random weights, a toy world."""
 
+import signal
 import threading
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from nanollava.vision import VisionConfig
 from tests.teacher.chat_server import Server
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup pytest &` ignores it
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,22 @@ def test_file_that_changes_during_training_is_an_error(load, tmp_path, change, w
     change(tmp_path / "chat.json")
     with pytest.raises(InputError, match="chat.json(:| has changed)"):
         list(load_batches(dataset, [[0, 1]], workers=workers))
+
+
+def test_workers_that_an_error_keeps_alive_do_not_delay_the_end():
+    script = """if True:
+        import torch
+        from nanollava.data import load_batches
+        batches = load_batches(torch.arange(9), [[0], [1], [2], [3]], workers=1)
+        try:
+            next(batches)  # `collate` cannot take integers apart
+        except TypeError as error:
+            kept = [error]
+            kept.append(kept)  # until exit
+        print("end")"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 # ---------------------------------------------------------------------------------------------

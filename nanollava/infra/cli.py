@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -152,7 +151,6 @@ def one_line_errors():
             try:
                 yield
             finally:
-                kill_children()
                 flush_output()
     except KeyboardInterrupt as error:
         print0("stopped")
@@ -167,15 +165,6 @@ def one_line_errors():
             raise
         print_line(f"error: {message}")
         sys.exit(2)
-
-
-def kill_children() -> None:
-    """End DataLoader workers. They ignore SIGTERM, and Python would wait for them at exit."""
-    children = multiprocessing.active_children()
-    if children and os.name == "posix":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises RuntimeError
-    for child in children:
-        child.kill()
 
 
 def end_rank(message: str | None) -> None:

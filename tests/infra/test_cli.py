@@ -93,22 +93,6 @@ def test_error_of_the_user_or_the_system_is_one_line(capsys, error, line):
     assert capsys.readouterr() == ("", f"error: {line}\n")
 
 
-def test_process_that_ignores_sigterm_does_not_delay_the_end(tmp_path):
-    """DataLoader workers are such processes."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import multiprocessing, signal, time\n"
-        "from nanollava.infra.cli import InputError, one_line_errors\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "with one_line_errors():\n"
-        "    multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,), "
-        "daemon=True).start()\n"
-        "    raise InputError('row 3')\n")
-    done = subprocess.run([sys.executable, script], capture_output=True, timeout=20,
-                          env=os.environ | {"PYTHONPATH": os.getcwd()})
-    assert (done.returncode, done.stderr) == (2, b"error: row 3\n")
-
-
 @pytest.mark.parametrize("rank, error", [
     ("0", InputError("row 3 is empty")), ("1", InputError("row 3 is empty")),
     ("0", RuntimeError("Connection closed by peer")), ("1", RuntimeError("Connection closed"))])
