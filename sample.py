@@ -77,7 +77,7 @@ def main(arguments) -> None:
         torch.manual_seed(arguments.seed)
 
     images = [preprocess(file, model.config.image_size) for file in files]  # (3, H, W) each
-    turns, cache = [], ChatCache()
+    turns, cache = [], ChatCache(model)
     for question in arguments.prompt or read_questions():
         if not turns:  # the images come before the first question
             question = f"{IMAGE_TOKEN}\n" * len(images) + question

@@ -7,7 +7,8 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,36 +83,82 @@ def tokenize_prompts(model: Llava, tokenizer: Tokenizer, conversations: list[lis
 
 
 class ChatCache:
-    """The keys and values of a conversation so far: its next turn computes only new tokens.
+    """Keys and values of the conversations so far: a next turn computes only its new tokens.
 
-    Any conversation may follow: the tokens at its beginning that equal those in the cache are kept.
+    max_bytes: above it, the conversation that was not used for the longest time is dropped. The one
+    that is used now may be larger.
     """
 
-    def __init__(self):
-        self.kv = None  # a KVCache of one row
-        self.tokens, self.images = [], []  # the tokens in kv, and the images of the last prompt
+    def __init__(self, model: Llava, max_bytes: int = 2**31):
+        self.model, self.max_bytes = model, max_bytes
+        self.chats = []  # CachedChats, the last used one last
 
-    def reuse(self, model: Llava, tokens: list[int], images: list[torch.Tensor]) -> int:
-        """Drop what differs from a new prompt; return how many of its tokens are kept.
+    def find(self, tokens: list[int], images: list[torch.Tensor],
+             max_new_tokens: int) -> "CachedChat":
+        """The chat that shares most with a prompt, cut to what it shares, with room for a reply.
 
-        The last token of a prompt is never kept, since its output predicts the reply.
+        A prompt that differs before the end of the last question of a chat begins another branch of
+        it, with a copy of what they share: either may go on.
         """
-        if self.kv is None:
-            self.kv = KVCache(model.config.text, 1, 0, model.dtype, model.device)
-        self.tokens = self.tokens[: common_length(self.tokens, tokens[:-1], operator.eq)]
-        # equal image tokens may stand for different images: keep what comes before the first one
-        same_images = common_length(self.images, images, torch.equal)
-        if same_images < self.num_images(model):
-            places = [place for place, token in enumerate(self.tokens)
-                      if token == model.config.image_token_id]
-            self.tokens = self.tokens[: places[same_images * model.config.tokens_per_image]]
-        self.images = images
-        self.kv.truncate(torch.tensor([len(self.tokens)]))
-        return len(self.tokens)
+        model = self.model
+        lengths = [chat.num_shared(tokens, images) for chat in self.chats]
+        length = max(lengths, default=0)
+        chat = self.chats[lengths.index(length)] if length else CachedChat(model)
+        if length + 1 < chat.prompt_length:
+            chat = chat.copy(length)
+        others = [other for other in self.chats if other is not chat]
+        num_slots = max(len(tokens) + max_new_tokens, chat.kv.max_length)
+        room = self.max_bytes - chat.kv.num_bytes(num_slots)
+        while others and sum(other.kv.num_bytes() for other in others) > room:
+            others = others[1:]
+        chat.cut(length)
+        chat.kv.grow(num_slots)
+        chat.prompt_length, chat.images = len(tokens), images
+        self.chats = [*others, chat]
+        return chat
 
-    def num_images(self, model: Llava) -> int:
-        """The number of images among the tokens of the cache."""
-        return self.tokens.count(model.config.image_token_id) // model.config.tokens_per_image
+
+class CachedChat:
+    """One conversation: its keys and values, the tokens they belong to, its images."""
+
+    def __init__(self, model: Llava):
+        self.model = model
+        self.kv = KVCache(model.config.text, 1, 0, model.dtype, model.device)
+        self.tokens, self.images = [], []
+        self.prompt_length = 0  # tokens of the last prompt; behind it is the reply
+
+    def num_shared(self, tokens: list[int], images: list[torch.Tensor]) -> int:
+        """How many tokens of a prompt need not be computed again.
+
+        Its last token always must, since its output predicts the reply.
+        """
+        shared = common_length(self.tokens, tokens[:-1], operator.eq)
+        # Equal image tokens may stand for different images. An image is kept as a whole.
+        config = self.model.config
+        places = [place for place, token in enumerate(tokens[:shared])
+                  if token == config.image_token_id]
+        num_images = min(common_length(self.images, images, torch.equal),
+                         len(places) // config.tokens_per_image)
+        return (places + [shared])[num_images * config.tokens_per_image]
+
+    def num_images(self) -> int:
+        """The number of images among the tokens."""
+        config = self.model.config
+        return self.tokens.count(config.image_token_id) // config.tokens_per_image
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self.tokens = self.tokens[:length]
+        self.kv.truncate(torch.tensor([length]))
+
+    def copy(self, length: int) -> "CachedChat":
+        """Another chat with the first `length` tokens of this one."""
+        other = CachedChat(self.model)
+        other.tokens, other.images = self.tokens[:length], self.images
+        other.kv.grow(length)
+        for copy, original in zip(other.kv.keys + other.kv.values, self.kv.keys + self.kv.values):
+            copy.copy_(original[:, :, :length])
+        return other
 
 
 def common_length(one: list, other: list, equal: Callable) -> int:
@@ -119,40 +166,59 @@ def common_length(one: list, other: list, equal: Callable) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: equal(*pair), zip(one, other)))
 
 
+@dataclass
+class Usage:
+    """What a reply took."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt: they were not computed again
+    completion_tokens: int = 0
+    finish_reason: str = "length"  # or "stop"
+
+
 def stream_reply(model: Llava, tokenizer: Tokenizer, turns: list[dict], images: list[torch.Tensor],
-                 max_new_tokens=512, temperature=0.0, top_p=1.0,
-                 cache: ChatCache | None = None) -> Iterator[str]:
-    """Yield the reply to a conversation in pieces of text, as it is generated.
+                 max_new_tokens=512, temperature=0.0, top_p=1.0, cache: ChatCache | None = None,
+                 stops: Sequence[str] = ()) -> Generator[str, None, Usage]:
+    """Yield a piece of the reply to a conversation after each token; it may be empty.
 
     images: (3, H, W) each, one for every `<image>` in the turns.
     cache: of the turns before; it is brought up to date.
-    Raises TooLongError.
+    stops: texts that end the reply and are not part of it, beside the stop of the template.
+    Returns the Usage. Raises TooLongError.
     """
     tokens, _, room = tokenize_prompts(model, tokenizer, [turns])  # (1, T)
     max_new_tokens = min(max_new_tokens, room.item())
     eos_id, stop = stop_condition(model, tokenizer)
-    cache, prompt = cache or ChatCache(), tokens[0].tolist()
-    new_tokens = tokens[:, cache.reuse(model, prompt, images) :]
-    new_images = images[cache.num_images(model) :]
+    stops = [*stops, stop] if stop else stops
+    prompt = tokens[0].tolist()
+    chat = (cache or ChatCache(model)).find(prompt, images, max_new_tokens)
+    num_cached, new_images = len(chat.tokens), images[chat.num_images() :]
     pixels = torch.stack(new_images) if new_images else None  # (N, 3, H, W)
+    usage = Usage(len(prompt), num_cached)
     reply, num_sent = [], 0  # the reply's tokens; how many characters of its text are yielded
-    for token in model.generate(new_tokens, pixels, max_new_tokens, temperature, top_p, eos_id,
-                                cache=cache.kv):
-        cache.tokens = prompt + reply  # the new token itself is computed with the next one
+    text, max_stop = "", max(map(len, stops), default=0)
+    for token in model.generate(tokens[:, num_cached:], pixels, max_new_tokens, temperature, top_p,
+                                eos_id, cache=chat.kv):
+        chat.tokens = prompt + reply  # the new token itself is computed with the next one
         if token.item() == eos_id:
+            usage.finish_reason = "stop"
             break
         reply.append(token.item())
+        usage.completion_tokens += 1
         # a token can change the text before it, so all of the reply is decoded again
         text = tokenizer.decode(reply)
-        if stop and stop in text:
-            yield text[num_sent : text.index(stop)].rstrip()
-            return
-        # hold back what may be the start of the stop, or of a character of several tokens
-        final = len(text) - (len(stop) if stop else 0)
-        if final > num_sent and not text.endswith("\ufffd"):
-            yield text[num_sent:final]
-            num_sent = final
-    yield tokenizer.decode(reply)[num_sent:]
+        found = [text.index(stop) for stop in stops if stop in text]
+        if found:
+            usage.finish_reason = "stop"
+            text = text[: min(found)].rstrip()
+            break
+        # hold back what may be the start of a stop, or of a character of several tokens
+        is_whole = not text.endswith("\ufffd")
+        final = max(num_sent, len(text) - max_stop) if is_whole else num_sent
+        yield text[num_sent:final]
+        num_sent = final
+    yield text[num_sent:]
+    return usage
 
 
 def generate_replies(model: Llava, tokenizer: Tokenizer, conversations: list[list[dict]],

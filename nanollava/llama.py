@@ -77,9 +77,19 @@ class KVCache:
         zero = torch.zeros((), dtype=self.keys[0].dtype, device=positions.device)
         return positions, zero.masked_fill(future, -torch.inf)
 
+    @property
+    def max_length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def num_bytes(self, max_length: int | None = None) -> int:
+        """Bytes of keys and values, now or with room for rows of max_length tokens."""
+        rows, heads, slots, head_dim = self.keys[0].shape
+        slots = slots if max_length is None else max_length
+        return 2 * len(self.keys) * rows * heads * slots * head_dim * self.keys[0].itemsize
+
     def grow(self, max_length: int) -> None:
         """Make room for rows of max_length tokens; what is in the cache stays."""
-        missing = max_length - self.keys[0].shape[2]
+        missing = max_length - self.max_length
         for layer in range(len(self.keys) if missing > 0 else 0):  # one at a time, to save memory
             self.keys[layer] = F.pad(self.keys[layer], (0, 0, 0, missing))
             self.values[layer] = F.pad(self.values[layer], (0, 0, 0, missing))

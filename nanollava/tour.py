@@ -23,7 +23,6 @@ import inspect
 import io
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,17 +62,16 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 
 from .chat import open_llava, stream_reply
 from .image import MEAN, STD, open_image, preprocess
 from .llama import Attention, Llama, apply_rotary_emb
 from .llava import Llava
+from .patch_words import (NUM_WORDS, near_cosine, nearest_words, top_words, untrained_projector,
+                          view_patches)
 from .tokenizer import Tokenizer
 
-NUM_UNTRAINED = 8  # untrained projectors that say which cosines are chance
-NUM_WORDS = 5  # nearest words of a patch, likeliest words at a position
 COLUMNS = 6  # patches of a row on the terminal
 PAGE = Path(__file__).with_name("tour_page.html")
 
@@ -242,69 +240,9 @@ def list_steps(model: Llava, outputs: dict, pixels: torch.Tensor, row: torch.Ten
 # What the numbers mean
 
 
-def word_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """{word: token} of the vocabulary: pieces that begin a word, in lower case if there is one."""
-    words = {}
-    for token in range(len(tokenizer)):
-        piece = tokenizer.piece(token)
-        word = piece.replace("▁", " ").strip()
-        if piece.startswith("▁") and len(word) > 1 and any(map(str.isalpha, word)):
-            if word.lower() == word or word.lower() not in words:
-                words[word.lower()] = token
-    return words
-
-
-def nearest_words(model: Llava, tokenizer: Tokenizer, features: torch.Tensor,
-                  count: int = NUM_WORDS) -> list[list[tuple[str, float]]]:
-    """For each of P vectors (P, D) of the LLM's space, the words with the nearest embeddings.
-
-    Near is a large cosine, after the mean embedding is subtracted from both: all embeddings share
-    a direction that means nothing.
-    """
-    words = word_tokens(tokenizer)
-    table = model.language_model.model.embed_tokens.weight
-    mean = table.mean(dim=0, dtype=torch.float32)  # (D,)
-    centered = F.normalize(features.to(table.device).float() - mean, dim=-1)
-    cosines = []  # of 4096 words at a time: a copy of all embeddings in float32 would be large
-    for tokens in torch.tensor(list(words.values()), device=table.device).split(4096):
-        embeds = F.normalize(table[tokens].float() - mean, dim=-1)  # (4096, D)
-        cosines.append(centered @ embeds.T)
-    return top_words(torch.cat(cosines, dim=-1), list(words).__getitem__, count)
-
-
-def near_cosine(model: Llava, tokenizer: Tokenizer, pixels: torch.Tensor) -> float:
-    """The cosine that the nearest word of a patch exceeds in one of 20 cases by chance: with
-    projectors that were not trained, on this image."""
-    patches = view_patches(model, pixels, model.config.feature_layer)
-    best = []
-    for seed in range(NUM_UNTRAINED):
-        features = untrained_projector(model, seed)(patches)[0]  # (P, D)
-        best += [row[0][1] for row in nearest_words(model, tokenizer, features, 1)]
-    return float(torch.tensor(best).quantile(0.95))
-
-
-def view_patches(model: Llava, pixels: torch.Tensor, layer: int) -> torch.Tensor:
-    """The ViT's patches (1, P, D_vision) at a layer, without the class token."""
-    return model.vision_tower(pixels.to(model.device, model.dtype), layer)[:, 1:]
-
-
-def untrained_projector(model: Llava, seed: int) -> nn.Module:
-    """An untrained projector of the model's type."""
-    torch.manual_seed(seed)
-    fresh = type(model.multi_modal_projector)(model.config.vision, model.config.text.hidden_size)
-    return fresh.to(model.device)
-
-
 def likeliest_words(tokenizer: Tokenizer, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
     """For logits (A, V), the tokens with the largest probabilities."""
     return top_words(logits.softmax(dim=-1), lambda token: token_text(tokenizer, token), NUM_WORDS)
-
-
-def top_words(scores: torch.Tensor, name: Callable, count: int) -> list[list[tuple[str, float]]]:
-    """For scores (N, V), the names of the `count` largest in each of N rows, with the scores."""
-    best = scores.topk(min(count, scores.shape[1]), dim=-1)
-    return [[(name(index), value) for index, value in zip(*row)]
-            for row in zip(best.indices.tolist(), best.values.tolist())]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

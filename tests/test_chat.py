@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from nanollava.chat import (
+    ChatCache,
     TooLongError,
+    Usage,
     generate_replies,
     open_llava,
     stream_reply,
@@ -53,13 +55,46 @@ def test_stream_never_yields_half_a_character(model, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "decode", lambda tokens: bytes(tokens).decode(errors="replace"))
     model.generate = FixedReply(list("A ☃ cat.".encode()) + [tokenizer.eos_id])
     pieces = list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
-    assert pieces == ["A", " ", "☃", " ", "c", "a", "t", ".", ""]
+    assert pieces == ["A", " ", "", "", "☃", " ", "c", "a", "t", ".", ""]  # one a token
 
 
 def test_stream_yields_the_reply_in_pieces(model, tokenizer):
     model.generate = FixedReply(tokenizer.encode("A red cat.") + [tokenizer.eos_id])
     pieces = list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
     assert len(pieces) > 3 and "".join(pieces) == "A red cat."
+
+
+def read(stream) -> tuple[str, Usage]:
+    """The text of a reply, and what its generator returns."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return "".join(pieces), end.value
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "v0"])
+@pytest.mark.parametrize("stops, expected", [
+    ((), "One, two, three."), (["two"], "One,"), (["zebra", ", th", "e."], "One, two"),
+    (["One"], ""), (["three."], "One, two,"), (["three.x"], "One, two, three.")])
+def test_reply_ends_at_the_first_stop(model, tokenizer, template, stops, expected):
+    model.config.template = template
+    end = [tokenizer.eos_id] if template == "vicuna_v1" else tokenizer.encode("###Human: So?")
+    model.generate = FixedReply(tokenizer.encode("One, two, three.") + end)
+    text, usage = read(stream_reply(model, tokenizer, QUESTION, [PIXELS], stops=stops))
+    assert (text, usage.finish_reason) == (expected, "stop")
+
+
+def test_usage_counts_the_tokens_of_prompt_and_reply(model, tokenizer):
+    words, prompt = tokenizer.encode("A red cat."), tokenize_prompts(model, tokenizer, [QUESTION])[0]
+    model.generate = FixedReply(words + [tokenizer.eos_id])
+    cache = ChatCache(model)
+    _, usage = read(stream_reply(model, tokenizer, QUESTION, [PIXELS], cache=cache))
+    assert usage == Usage(prompt.shape[1], 0, len(words), "stop")
+    model.generate = FixedReply(words[:2])
+    _, usage = read(stream_reply(model, tokenizer, QUESTION, [PIXELS], 2, cache=cache))
+    assert usage == Usage(prompt.shape[1], prompt.shape[1] - 1, 2, "length")
 
 
 def test_reply_ends_where_the_context_is_full(model, tokenizer):

@@ -41,10 +41,10 @@ def images():
 @pytest.mark.parametrize("template", ["vicuna_v1", "v0"])
 def test_next_turn_computes_only_its_own_tokens(model, tokenizer, images, computed, template):
     model.config.template = template
-    cache, turns = ChatCache(), [human("<image>\nWhat is there?")]
+    cache, turns = ChatCache(model), [human("<image>\nWhat is there?")]
     reply = ask(model, tokenizer, turns, images[:1], cache)
     first = computed[0]
-    assert len(cache.tokens) == sum(computed) > first  # the reply's tokens are kept, too
+    assert len(cache.chats[-1].tokens) == sum(computed) > first  # the reply's tokens are kept, too
     turns += [gpt(reply), human("And where?")]
     computed.clear()
     ask(model, tokenizer, turns, images[:1], cache)
@@ -70,7 +70,7 @@ def random_conversation(rng, tokenizer, images):
 def test_any_order_of_conversations_gives_the_replies_without_a_cache(
         model, tokenizer, images, template, options):
     model.config.template = template
-    rng, cache = random.Random(0), ChatCache()
+    rng, cache = random.Random(0), ChatCache(model)
     turns, used = random_conversation(rng, tokenizer, images)
     for number in range(30):
         kind = rng.randrange(4)
@@ -91,7 +91,7 @@ def test_any_order_of_conversations_gives_the_replies_without_a_cache(
 
 
 def test_reply_that_is_broken_off_leaves_a_usable_cache(model, tokenizer, images):
-    cache, turns = ChatCache(), [human("<image>\nWhat is there?")]
+    cache, turns = ChatCache(model), [human("<image>\nWhat is there?")]
     expected = ask(model, tokenizer, turns, images[:1])
     stream = stream_reply(model, tokenizer, turns, images[:1], 6, cache=cache)
     next(stream)
@@ -100,7 +100,7 @@ def test_reply_that_is_broken_off_leaves_a_usable_cache(model, tokenizer, images
 
 
 def test_error_in_the_middle_leaves_a_usable_cache(model, tokenizer, images, monkeypatch):
-    cache, turns = ChatCache(), [human("<image>\nWhat is there?")]
+    cache, turns = ChatCache(model), [human("<image>\nWhat is there?")]
     expected = ask(model, tokenizer, turns, images[:1])
     with monkeypatch.context() as patch:
         patch.setattr(model.language_model.model.norm, "forward", lambda x: 1 / 0)
@@ -110,9 +110,52 @@ def test_error_in_the_middle_leaves_a_usable_cache(model, tokenizer, images, mon
 
 
 def test_chat_of_sample_computes_each_token_once(model, tokenizer, images, computed):
-    cache, turns = ChatCache(), []
+    cache, turns = ChatCache(model), []
     for question in ("What is there?", "Where?", "Why?"):
         turns.append(human(question))
         turns.append(gpt(ask(model, tokenizer, turns, cache=cache)))
     # each reply is tokenized again as text: a few of its tokens may differ and are computed again
-    assert sum(computed) <= len(cache.tokens) + 3 * 6
+    assert sum(computed) <= len(cache.chats[-1].tokens) + 3 * 6
+
+
+def test_branches_of_a_conversation_go_on_side_by_side(model, tokenizer, images, computed):
+    cache, start = ChatCache(model), [human("<image>\nWhat is there?"), gpt("A cat.")]
+    one, two = [*start, human("Where?")], [*start, human("What color is it?")]
+    for turns in (one, two):
+        ask(model, tokenizer, turns, images[:1], cache)
+    whole = computed[0]
+    computed.clear()
+    for turns in (one, two):
+        assert ask(model, tokenizer, [*turns, gpt("So."), human("And?")], images[:1], cache) \
+            == ask(model, tokenizer, [*turns, gpt("So."), human("And?")], images[:1])
+    first_turns = [length for length in computed if length > 1]
+    assert first_turns[0] < whole / 3 and first_turns[2] < whole / 3, "neither is computed anew"
+    assert len(cache.chats) == 2
+
+
+def test_conversation_used_least_recently_leaves_a_full_cache(model, tokenizer, images):
+    cache = ChatCache(model)
+
+    def order() -> list[int]:
+        return [number for chat in cache.chats for number, image in enumerate(images)
+                if chat.images[0] is image]
+
+    for number in (0, 1, 0, 2):
+        ask(model, tokenizer, [human("<image>\nWhat is there?")], [images[number]], cache)
+    assert order() == [1, 0, 2]
+    size = cache.chats[0].kv.num_bytes()
+    assert size == sum(tensor.nbytes for tensor in cache.chats[0].kv.keys + cache.chats[0].kv.values)
+    cache.max_bytes = 3 * size
+    ask(model, tokenizer, [human("<image>\nWhat is there?")], [images[3]], cache)
+    assert order() == [0, 2, 3]
+    cache.max_bytes = 1  # the one that is used now stays
+    ask(model, tokenizer, [human("<image>\nWhat is there?")], [images[3]], cache)
+    assert order() == [3]
+
+
+def test_prompt_that_ends_with_an_image(model, tokenizer, images):
+    """Its last token is never kept, so no part of the image is."""
+    model.config.template = "plain"
+    cache, turns = ChatCache(model), [human("<image>")]
+    expected = ask(model, tokenizer, turns, images[:1])
+    assert {ask(model, tokenizer, turns, images[:1], cache) for _ in range(3)} == {expected}

@@ -16,7 +16,7 @@ from nanollava.conversation import IGNORE_INDEX
 from nanollava.image import preprocess
 from nanollava.infra.io import InputError
 from nanollava.llama import Attention, LlamaConfig, rope_cos_sin
-from nanollava.tour import attention_weights, nearest_words, take_tour, word_tokens, write_page
+from nanollava.tour import attention_weights, take_tour, write_page
 
 PROMPT = "What is there?"
 
@@ -86,23 +86,6 @@ def test_attention_weights_are_those_of_the_forward_pass(key_heads):
     torch.testing.assert_close(second_head @ values, expected)
 
 
-def test_nearest_words_are_found_whatever_all_embeddings_have_in_common(model, tokenizer):
-    table = model.language_model.model.embed_tokens.weight
-    table.data += 3  # a direction that means nothing
-    words = word_tokens(tokenizer)
-    mean = table.mean(dim=0)
-    features = torch.stack([mean + 0.1 * (table[words[word]] - mean) for word in ("cat", "red")])
-    found = nearest_words(model, tokenizer, features)
-    assert [row[0][0] for row in found] == ["cat", "red"]
-    assert all(row[0][1] == pytest.approx(1, abs=1e-4) and len(row) == 5 for row in found)
-
-
-def test_words_begin_a_word_and_stand_for_all_their_spellings(tokenizer):
-    words = word_tokens(tokenizer)
-    assert {"cat", "red", "at the top left"} <= words.keys()
-    assert not [word for word in words if "▁" in word or word != word.lower() or len(word) < 2]
-
-
 def data_of(page: Path) -> dict:
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>") and text.endswith("</html>\n")
@@ -122,13 +105,6 @@ def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
     assert kinds.count("image") == 16 and A == len(data["likeliest"])
     shades = base64.b64decode(data["attention"]["shades"])
     assert len(shades) == data["attention"]["blocks"] * A * 16 and max(shades) == 255
-
-
-def test_near_is_what_untrained_projectors_reach_in_one_of_twenty_cases(model, tokenizer, taken):
-    best = torch.tensor([row[0][1] for seed in range(tour.NUM_UNTRAINED) for row in nearest_words(
-        model, tokenizer, tour.untrained_projector(model, seed)(
-            model.vision_tower(taken.pixels)[:, 1:])[0])])
-    assert (best > taken.near).float().mean() == pytest.approx(1 / 20, abs=0.01)
 
 
 @pytest.mark.parametrize("layer, steps", [(-1, 12), (-2, 11), (-3, 10)])
@@ -152,12 +128,3 @@ def test_other_templates_and_an_empty_answer(model, tokenizer, image, template, 
     monkeypatch.setattr(tour, "stream_reply", lambda *_: iter(()))
     taken = take_tour(model, tokenizer, image, PROMPT, 3)  # only the stop is left
     assert taken.answer == "" and len(taken.likeliest) == taken.attention.shape[1] > 0
-
-
-def test_words_of_both_spellings_have_the_lower_one():
-    class Vocabulary(list):
-        def piece(self, token):
-            return self[token]
-
-    words = word_tokens(Vocabulary(["▁God", "▁god", "▁The", "god", "<0x0A>", "▁"]))
-    assert words == {"god": 1, "the": 2}

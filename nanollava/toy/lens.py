@@ -18,9 +18,9 @@ from ..infra.cli import format_table
 from ..infra.io import InputError
 from ..infra.progress import progress
 from ..llava import Llava
+from ..patch_words import NUM_WORDS, nearest_words, untrained_projector, view_patches, word_tokens
 from ..tokenizer import Tokenizer, open_tokenizer
-from ..tour import (NUM_WORDS, PROMPT, list_projectors, nearest_words, take_tour, token_text,
-                    untrained_projector, view_patches, word_tokens)
+from ..tour import PROMPT, list_projectors, take_tour, token_text
 from .clip import VISION_CONFIG, things_on_patches
 from .scene import COLORS, KINDS, Box, Scene, Thing, draw_image, random_boxes, random_scenes
 
