@@ -93,6 +93,10 @@ class ChatCache:
         self.model, self.max_bytes = model, max_bytes
         self.chats = []  # CachedChats, the last used one last
 
+    def max_tokens(self) -> int:
+        """How many tokens fit."""
+        return self.max_bytes // CachedChat(self.model).kv.num_bytes(1)
+
     def find(self, tokens: list[int], images: list[torch.Tensor],
              max_new_tokens: int) -> "CachedChat":
         """The chat that shares most with a prompt, cut to what it shares, with room for a reply.

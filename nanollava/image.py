@@ -5,6 +5,7 @@ The result is bit-equal to transformers' Pillow processors, `CLIPImageProcessor`
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by chan
 STD = (0.26862954, 0.26130258, 0.27577711)
 # (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic
 NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - np.float32([MEAN]).T) / np.float32([STD]).T
+
 
 def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
     """An image to normalized float32 pixels (3, size, size).
@@ -66,8 +68,13 @@ def open_image(path: str | Path, draft: bool = False) -> Image.Image:
     million pixels or pixels of no known range, or is too long and narrow.
     """
     check_regular_file(path)
+    return decode_image(path, str(path), draft)
+
+
+def decode_image(file: str | Path | BinaryIO, name: str, draft: bool = False) -> Image.Image:
+    """As `open_image`, of a path or an open file; messages call it `name`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if not 0 < max(image.size) <= 100 * min(image.size):
                 # resized by the short side, it would be huge
                 raise ValueError(f"{image.width} by {image.height} pixels, one side more than 100 "
@@ -82,13 +89,13 @@ def open_image(path: str | Path, draft: bool = False) -> Image.Image:
             image = to_rgb(image)
             return image if rotation is None else image.transpose(rotation)
     except FileNotFoundError as error:
-        raise InputError(f"no image at {path}") from error
+        raise InputError(f"no image at {name}") from error
     except UnidentifiedImageError as error:
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise InputError(f"{path} is not an image: it must be {formats}") from error
+        raise InputError(f"{name} is not an image: it must be {formats}") from error
     except Exception as error:  # a decoder raises errors of any class for a broken file
         reason = str(error) or type(error).__name__
-        raise InputError(f"{path} is not an image that Pillow can read: {reason}") from error
+        raise InputError(f"{name} is not an image that Pillow can read: {reason}") from error
 
 
 def image_error(path: str | Path) -> str | None:

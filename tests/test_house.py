@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed"}
+COMMANDS = {"train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed", "nanollava.serve.__main__"}
 PACKAGES = {"torch", "numpy", "sentencepiece", "safetensors", "PIL", "requests"}
 MAY_IMPORT = {  # room: rooms; "book" is every file that lies flat in nanollava/
     "infra": {"infra"},
@@ -17,6 +17,7 @@ MAY_IMPORT = {  # room: rooms; "book" is every file that lies flat in nanollava/
     "book": {"book", "infra", "weights"},
     "teacher": {"teacher", "book", "infra"},
     "benchmarks": {"benchmarks", "teacher", "book", "infra"},
+    "serve": {"serve", "book", "infra"},
     "toy": {"toy", "benchmarks", "teacher", "weights", "book", "infra"},
 }
 ROOMS = MAY_IMPORT.keys() - {"book"}

@@ -1,0 +1,133 @@
+"""One HTTP request from a client that is not trusted: read within limits, answered in JSON.
+
+Each connection carries one request, so that nothing can hide behind the first one.
+"""
+
+import json
+import select
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+
+from ..infra.progress import print0
+from .openai import RequestError
+
+MAX_BODY = 2**25  # bytes: some photos in base64
+READ_SECONDS = 30.0  # for a whole request to arrive
+WRITE_SECONDS = 60.0  # for a client to take what is sent
+DRAIN_SECONDS = 2.0  # for what an error leaves unread
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "nanollava", ""
+    timeout = WRITE_SECONDS
+    disable_nagle_algorithm = True  # each piece is sent when it is there
+    paths = ()  # that are known
+
+    def setup(self):
+        super().setup()
+        self.started, self.status, self.note = time.perf_counter(), None, ""
+        self.command, self.path = "", ""
+        self.is_late, self.is_read = False, False
+        # a client that sends a byte now and then would hold its thread forever
+        self.deadline = threading.Timer(READ_SECONDS, self.stop_reading)
+        self.deadline.daemon = True
+        self.deadline.start()
+
+    def stop_reading(self) -> None:
+        self.is_late = True
+        try:
+            self.connection.shutdown(socket.SHUT_RD)  # reading ends; an answer can still be sent
+        except OSError:  # the client is gone
+            pass
+
+    def finish(self):
+        self.deadline.cancel()
+        try:
+            super().finish()
+            if self.status and not self.is_read:
+                self.drain()
+        finally:
+            self.log()
+
+    def drain(self) -> None:
+        """Read what is left: a connection closed with unread bytes loses the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(DRAIN_SECONDS)
+        until = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < until and self.connection.recv(2**16):
+            pass
+
+    def log(self) -> None:
+        """Print one line about the request.
+
+        Headers, bodies, unknown paths and queries stay out of it: they may hold a key or a prompt.
+        """
+        if self.status is None and not self.note:
+            return
+        path = self.path.partition("?")[0]
+        what = f"{self.command} {path}" if path in self.paths else "a request"
+        seconds = time.perf_counter() - self.started
+        print0(f"{time.strftime('%H:%M:%S')}  {what}  {self.status or '-'}  {seconds:.1f} s  "
+               f"{self.note}".rstrip())
+
+    def log_message(self, *_) -> None:
+        """The base class would print the request line, with its query."""
+
+    # Reading
+
+    def read_body(self) -> bytes:
+        """Raises RequestError if the body has no plain length, is too long, or comes too slowly."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers or not lengths:
+            raise RequestError(411, "send the body with its Content-Length")
+        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
+            raise RequestError(400, "Content-Length must be one number")
+        if len(lengths[0]) > 12 or int(lengths[0]) > MAX_BODY:
+            raise RequestError(413, f"the body has more than {MAX_BODY >> 20} MiB: send smaller "
+                               "images")
+        body = self.rfile.read(int(lengths[0]))
+        self.check_in_time()
+        if len(body) < int(lengths[0]):
+            raise RequestError(400, "the body is shorter than its Content-Length")
+        self.deadline.cancel()
+        self.is_read = True
+        return body
+
+    def check_in_time(self) -> None:
+        if self.is_late:
+            raise RequestError(408, f"the request did not arrive within {READ_SECONDS:.0f} s")
+
+    def check_client(self) -> None:
+        """Raise ConnectionError if the client has closed the connection."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionResetError("the client is gone")
+
+    # Sending
+
+    def send_head(self, status: int, kind: str, headers: dict) -> None:
+        self.status = status
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Connection": "close"}.items() | headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_bytes(self, status: int, body: bytes, kind: str, headers: dict) -> None:
+        self.send_head(status, kind, headers | {"Content-Length": str(len(body))})
+        self.wfile.write(body)
+
+    def send_json(self, status: int, content, headers: dict | None = None) -> None:
+        self.send_bytes(status, json.dumps(content).encode(), "application/json", headers or {})
+
+    def send_event(self, content: dict) -> None:
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+
+    def send_error(self, code, message=None, explain=None) -> None:
+        """For what the base class refuses, such as an unknown method or too many headers."""
+        error = RequestError(int(code), message or "bad request")
+        self.request_version = "HTTP/1.1"  # it is unknown if the first line was broken
+        self.send_json(error.status, error.content)
+        self.close_connection = True
