@@ -87,7 +87,8 @@ def test_reply_ends_at_the_first_stop(model, tokenizer, template, stops, expecte
 
 
 def test_usage_counts_the_tokens_of_prompt_and_reply(model, tokenizer):
-    words, prompt = tokenizer.encode("A red cat."), tokenize_prompts(model, tokenizer, [QUESTION])[0]
+    words = tokenizer.encode("A red cat.")
+    prompt, _, _ = tokenize_prompts(model, tokenizer, [QUESTION])
     model.generate = FixedReply(words + [tokenizer.eos_id])
     cache = ChatCache(model)
     _, usage = read(stream_reply(model, tokenizer, QUESTION, [PIXELS], cache=cache))

@@ -143,8 +143,9 @@ def test_conversation_used_least_recently_leaves_a_full_cache(model, tokenizer, 
     for number in (0, 1, 0, 2):
         ask(model, tokenizer, [human("<image>\nWhat is there?")], [images[number]], cache)
     assert order() == [1, 0, 2]
-    size = cache.chats[0].kv.num_bytes()
-    assert size == sum(tensor.nbytes for tensor in cache.chats[0].kv.keys + cache.chats[0].kv.values)
+    kv = cache.chats[0].kv
+    size = kv.num_bytes()
+    assert size == sum(tensor.nbytes for tensor in kv.keys + kv.values)
     cache.max_bytes = 3 * size
     ask(model, tokenizer, [human("<image>\nWhat is there?")], [images[3]], cache)
     assert order() == [0, 2, 3]

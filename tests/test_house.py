@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed", "nanollava.serve.__main__"}
+COMMANDS = {"train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed",
+            "nanollava.serve.__main__"}
 PACKAGES = {"torch", "numpy", "sentencepiece", "safetensors", "PIL", "requests"}
 MAY_IMPORT = {  # room: rooms; "book" is every file that lies flat in nanollava/
     "infra": {"infra"},
