@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions    as OpenAI's API, streamed or whole
     GET  /v1/models, /health
-    GET  /                       the page
+    GET  /, /example.jpg         the page and an image to try it with
     POST /patch_words            {"image": data URL} -> the words nearest to each patch
 
 The page of another site can reach a server on this machine through the user's browser. So Host and
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from ..chat import TooLongError, Usage
 from ..infra.io import InputError
+from ..settings import TOY_IMAGE
 from .engine import Engine
 from .handler import JsonHandler
 from .openai import Completion, RequestError, parse_body, parse_data_url, parse_request
@@ -89,10 +90,11 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(JsonHandler):
-    paths = ("/", "/health", "/v1/models", "/v1/chat/completions", "/patch_words")
+    paths = ("/", "/example.jpg", "/health", "/v1/models", "/v1/chat/completions", "/patch_words")
 
     def do_GET(self):
-        self.answer({"/": self.get_page, "/health": self.get_health, "/v1/models": self.get_models})
+        self.answer({"/": self.get_page, "/example.jpg": self.get_example,
+                     "/health": self.get_health, "/v1/models": self.get_models})
 
     def do_POST(self):
         self.answer({"/v1/chat/completions": self.post_completion,
@@ -123,7 +125,7 @@ class Handler(JsonHandler):
         if origin is not None and origin.lower() not in (
                 f"http://{hosts[0].lower()}", f"https://{hosts[0].lower()}"):
             raise RequestError(403, "a page of another site must not use this server")
-        if self.server.key and path not in ("/", "/health"):
+        if self.server.key and path not in ("/", "/example.jpg", "/health"):
             sent = self.headers.get("Authorization", "")
             expected = f"Bearer {self.server.key}"
             if not hmac.compare_digest(sent.encode(errors="replace"), expected.encode()):
@@ -133,6 +135,11 @@ class Handler(JsonHandler):
 
     def get_page(self) -> None:
         self.send_bytes(200, PAGE.read_bytes(), "text/html; charset=utf-8", SECURITY)
+
+    def get_example(self) -> None:
+        if not TOY_IMAGE.is_file():  # an installed package is without it
+            raise RequestError(404, "this server has no example image")
+        self.send_bytes(200, TOY_IMAGE.read_bytes(), "image/jpeg", SECURITY)
 
     def get_health(self) -> None:
         self.send_json(200, {"status": "ok"})
