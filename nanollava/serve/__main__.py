@@ -86,7 +86,6 @@ def main(arguments) -> None:
     try:
         server.serve_forever()
     finally:
-        print0("ending")
         server.close()
 
 

@@ -8,11 +8,9 @@ client is gone is canceled, and ends before its next piece.
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 
-from ..infra.io import InputError
-from .openai import RequestError
+from .openai import RequestError, as_request_error
 
 DONE = object()  # the last item of a job's results
 
@@ -24,7 +22,7 @@ class Job:
         self.canceled = threading.Event()
 
     def pieces(self, check_client: Callable[[], None]) -> Iterator:
-        """Yield the pieces as they come. Raises what the work raises.
+        """Yield the pieces as they come. Raises RequestError if the work fails.
 
         check_client is called before each piece and while there is none. If it raises an error, or
         the caller stops reading, the job is canceled.
@@ -47,15 +45,22 @@ class Job:
 
 class Engine:
     def __init__(self):
-        self.jobs, self.closing = queue.SimpleQueue(), False
+        self.jobs, self.closing, self.lock = queue.SimpleQueue(), False, threading.Lock()
         self.seconds = 1.0  # that a job takes, averaged over the last ones
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def submit(self, work: Callable[[], Iterable]) -> Job:
+        """Raises RequestError if the engine ends."""
         job = Job(work)
-        self.jobs.put(job)
+        with self.lock:  # no job comes after the end
+            self.check_open()
+            self.jobs.put(job)
         return job
+
+    def check_open(self) -> None:
+        if self.closing:
+            raise RequestError(503, "the server ends", kind="server_error")
 
     def seconds_to_wait(self) -> int:
         """An estimate for a job that comes now."""
@@ -71,21 +76,18 @@ class Engine:
     def result_of(self, job: Job) -> object:
         """Run a job. Returns DONE or its error."""
         try:
-            if self.closing:
-                raise RequestError(503, "the server ends", kind="server_error")
+            self.check_open()
             for piece in job.work():
                 job.results.put(piece)
                 if job.canceled.is_set():
                     break
             return DONE
-        except (InputError, RequestError) as error:
-            return error.with_traceback(None)  # its frames hold tensors
-        except Exception:
-            traceback.print_exc()
-            return RequestError(500, "the server failed; its log says why", kind="server_error")
+        except Exception as error:
+            return as_request_error(error).with_traceback(None)  # its frames hold tensors
 
     def close(self, seconds: float) -> None:
         """End. The job under way has `seconds` to finish; those that wait get an error."""
-        self.closing = True
-        self.jobs.put(None)
+        with self.lock:
+            self.closing = True
+            self.jobs.put(None)
         self.thread.join(seconds)

@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 import time
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 
 from ..infra.progress import print0
@@ -16,12 +17,11 @@ from .openai import RequestError
 MAX_BODY = 2**25  # bytes: some photos in base64
 READ_SECONDS = 30.0  # for a whole request to arrive
 WRITE_SECONDS = 60.0  # for a client to take what is sent
-DRAIN_SECONDS = 2.0  # for what an error leaves unread
+DRAIN_SECONDS = 2.0  # without a byte from a client that does not close its connection
 
 
 class JsonHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "nanollava", ""
     timeout = WRITE_SECONDS
     disable_nagle_algorithm = True  # each piece is sent when it is there
     paths = ()  # that are known
@@ -30,7 +30,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         super().setup()
         self.started, self.status, self.note = time.perf_counter(), None, ""
         self.command, self.path = "", ""
-        self.is_late, self.is_read = False, False
+        self.is_late = False
         # a client that sends a byte now and then would hold its thread forever
         self.deadline = threading.Timer(READ_SECONDS, self.stop_reading)
         self.deadline.daemon = True
@@ -45,18 +45,16 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def finish(self):
         self.deadline.cancel()
-        try:
-            super().finish()
-            if self.status and not self.is_read:
-                self.drain()
-        finally:
-            self.log()
+        self.log()
+        super().finish()
+        if self.status:
+            self.drain()
 
     def drain(self) -> None:
         """Read what is left: a connection closed with unread bytes loses the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(DRAIN_SECONDS)
-        until = time.monotonic() + DRAIN_SECONDS
+        until = time.monotonic() + READ_SECONDS
         while time.monotonic() < until and self.connection.recv(2**16):
             pass
 
@@ -76,7 +74,16 @@ class JsonHandler(BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         """The base class would print the request line, with its query."""
 
+    def version_string(self) -> str:
+        return "nanollava"
+
     # Reading
+
+    def check_head(self) -> None:
+        """Raise RequestError if a line is no header: what follows it was not read."""
+        self.check_in_time()
+        if self.headers.defects:
+            raise RequestError(400, "the headers are malformed")
 
     def read_body(self) -> bytes:
         """Raises RequestError if the body has no plain length, is too long, or comes too slowly."""
@@ -89,11 +96,10 @@ class JsonHandler(BaseHTTPRequestHandler):
             raise RequestError(413, f"the body has more than {MAX_BODY >> 20} MiB: send smaller "
                                "images")
         body = self.rfile.read(int(lengths[0]))
+        self.deadline.cancel()
         self.check_in_time()
         if len(body) < int(lengths[0]):
             raise RequestError(400, "the body is shorter than its Content-Length")
-        self.deadline.cancel()
-        self.is_read = True
         return body
 
     def check_in_time(self) -> None:
@@ -101,9 +107,12 @@ class JsonHandler(BaseHTTPRequestHandler):
             raise RequestError(408, f"the request did not arrive within {READ_SECONDS:.0f} s")
 
     def check_client(self) -> None:
-        """Raise ConnectionError if the client has closed the connection."""
+        """Raise ConnectionError if the client has closed the connection.
+
+        What it sends behind its request is dropped.
+        """
         readable, _, _ = select.select([self.connection], [], [], 0)
-        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+        if readable and not self.connection.recv(2**16):
             raise ConnectionResetError("the client is gone")
 
     # Sending
@@ -117,7 +126,8 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def send_bytes(self, status: int, body: bytes, kind: str, headers: dict) -> None:
         self.send_head(status, kind, headers | {"Content-Length": str(len(body))})
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def send_json(self, status: int, content, headers: dict | None = None) -> None:
         self.send_bytes(status, json.dumps(content).encode(), "application/json", headers or {})
@@ -127,7 +137,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None) -> None:
         """For what the base class refuses, such as an unknown method or too many headers."""
-        error = RequestError(int(code), message or "bad request")
+        error = RequestError(int(code), message or HTTPStatus(code).phrase)
         self.request_version = "HTTP/1.1"  # it is unknown if the first line was broken
         self.send_json(error.status, error.content)
         self.close_connection = True

@@ -8,10 +8,11 @@ import binascii
 import json
 import re
 import time
+import traceback
 import uuid
 from dataclasses import dataclass, field
 
-from ..chat import Usage
+from ..chat import TooLongError, Usage
 from ..conversation import IMAGE_TOKEN
 from ..infra.io import InputError
 from ..infra.json_io import parse_json
@@ -30,6 +31,18 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """An error of any class as one for the client. What is not the client's fault is logged."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, TooLongError):
+        return RequestError(400, str(error), "messages", "context_length_exceeded")
+    if isinstance(error, InputError):
+        return RequestError(400, str(error), "messages", "image_parse_error")
+    traceback.print_exception(error)
+    return RequestError(500, "the server failed; its log says why", kind="server_error")
 
 
 @dataclass
@@ -52,7 +65,7 @@ def parse_body(body: bytes) -> dict:
     try:
         content = parse_json(body, "the body", dict)
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-    except (InputError, ValueError) as error:  # also a lone surrogate, NaN
+    except (ValueError, RecursionError) as error:  # also a lone surrogate, NaN
         raise RequestError(400, str(error).splitlines()[0]) from None
     return content
 
@@ -102,8 +115,9 @@ def parse_request(content: dict) -> Request:
         raise RequestError(400, "stream_options needs stream", "stream_options")
     turns, images = parse_messages(content["messages"])
     max_new_tokens = get("max_completion_tokens", get("max_tokens", MAX_NEW_TOKENS))
-    return Request(turns, images, max_new_tokens, float(get("temperature", 0.0)),
-                   float(get("top_p", 1.0)), get("seed", None),
+    temperature = round(float(get("temperature", 0.0)), 6)  # a smaller one is 0 in float32
+    return Request(turns, images, max_new_tokens, temperature, float(get("top_p", 1.0)),
+                   get("seed", None),
                    [stops] if isinstance(stops, str) else stops, stream,
                    bool((options or {}).get("include_usage")))
 
@@ -114,7 +128,7 @@ def parse_messages(messages: list[dict]) -> tuple[list[dict], list[bytes]]:
     Our templates have one system prompt, the one of training: what a client has to say there begins
     the first question. Neighbors with the same role become one turn.
     """
-    turns, images, begin = [], [], []
+    turns, images, begin = [], [], []  # turns: a speaker and its texts
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         text, files = parse_content(message.get("content"), message["role"], f"{where}.content")
@@ -125,12 +139,12 @@ def parse_messages(messages: list[dict]) -> tuple[list[dict], list[bytes]]:
         if not turns and speaker == "gpt":
             raise RequestError(400, "a conversation begins with a user message", where)
         images += files
-        if turns and turns[-1]["from"] == speaker:
-            turns[-1]["value"] += "\n" + text
-        else:
-            turns.append({"from": speaker, "value": text})
-    if begin and turns:
-        turns[0]["value"] = "\n".join([*begin, turns[0]["value"]])
+        if not turns or turns[-1][0] != speaker:
+            turns.append((speaker, []))
+        turns[-1][1].append(text)
+    if turns:
+        turns[0][1][:0] = begin
+    turns = [{"from": speaker, "value": "\n".join(texts)} for speaker, texts in turns]
     if not turns or turns[-1]["from"] != "human":
         raise RequestError(400, "the last message must be a user's", "messages")
     for turn in turns[::2]:
@@ -152,7 +166,7 @@ def parse_content(content, role: str, where: str) -> tuple[str, list[bytes]]:
                 raise RequestError(400, f"{place} must not contain {IMAGE_TOKEN}; a part of type "
                                    "image_url gives an image", place)
             # in a reply it is text that the model made up, not the place of an image
-            texts.append(part["text"].replace(IMAGE_TOKEN, "image"))
+            texts.append(part["text"].replace(IMAGE_TOKEN, "[image]"))
         elif role != "user":
             raise RequestError(400, f"{place}: only user messages have images", place)
         else:

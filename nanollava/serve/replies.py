@@ -22,6 +22,8 @@ class Replies:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.created = int(time.time())
         self.cache = ChatCache(model, cache_bytes)
+        longest = max(len(tokenizer.piece(token)) for token in range(len(tokenizer)))
+        self.max_characters = longest * model.config.text.max_position_embeddings
 
     def reply(self, request: Request) -> Iterator[str | Usage]:
         """Yield the reply in pieces, then its Usage. Raises TooLongError, or InputError for a file
@@ -31,6 +33,10 @@ class Replies:
             raise TooLongError(f"{num_images} images are too many: each has "
                                f"{config.tokens_per_image} tokens, and the model reads at most "
                                f"{config.text.max_position_embeddings}")
+        num_characters = sum(len(turn["value"]) for turn in request.turns)
+        if num_characters > self.max_characters:  # to tokenize them would take long
+            raise TooLongError(f"the conversation has {num_characters:,} characters: more than the "
+                               "model can read")
         images = [self.read_image(file, number) for number, file in enumerate(request.images, 1)]
         if request.seed is None:
             torch.seed()

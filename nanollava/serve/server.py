@@ -14,17 +14,25 @@ import hmac
 import socket
 import threading
 import time
-from http.server import ThreadingHTTPServer
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from urllib.parse import urlsplit
 
-from ..chat import TooLongError, Usage
-from ..infra.io import InputError
+from ..chat import Usage
 from ..settings import TOY_IMAGE
 from .engine import Engine
 from .handler import JsonHandler
-from .openai import Completion, RequestError, parse_body, parse_data_url, parse_request
+from .openai import (
+    Completion,
+    Request,
+    RequestError,
+    as_request_error,
+    parse_body,
+    parse_data_url,
+    parse_request,
+)
 from .replies import Replies
 
 MAX_CONNECTIONS = 128
@@ -37,13 +45,13 @@ SECURITY = {  # the page loads nothing, and talks to this server alone
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingTCPServer):
     """key: what clients must send, "" for none. max_waiting: requests that may wait for their turn.
 
     Raises OSError if it cannot listen at the address.
     """
 
-    daemon_threads = True
+    daemon_threads = allow_reuse_address = True
     request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], replies: Replies, key: str, max_waiting: int):
@@ -53,6 +61,7 @@ class Server(ThreadingHTTPServer):
         self.is_local = ip_address(self.server_address[0]).is_loopback
         self.queue = threading.BoundedSemaphore(max_waiting + 1)  # and one that is answered
         self.num_connections, self.lock = 0, threading.Lock()
+        self.parsing = threading.Lock()  # a body may grow thirtyfold: one at a time
 
     @contextlib.contextmanager
     def place_in_queue(self):
@@ -104,7 +113,7 @@ class Handler(JsonHandler):
         """Call the function for the path, and send its error."""
         path = self.path.partition("?")[0]
         try:
-            self.check_in_time()
+            self.check_head()
             self.check_sender(path)
             if path not in routes:
                 raise RequestError(405, f"{path} does not take {self.command}") \
@@ -112,9 +121,13 @@ class Handler(JsonHandler):
             routes[path]()
         except OSError:
             self.note = "the client is gone"
-        except (RequestError, InputError) as error:
+        except Exception as error:
             error = as_request_error(error)
-            self.send_json(error.status, error.content, error.headers)
+            if self.status is None:
+                self.send_json(error.status, error.content, error.headers)
+            else:  # in a stream it is too late for a status
+                self.note = "failed"
+                self.send_event(error.content)
 
     def check_sender(self, path: str) -> None:
         """Raise RequestError unless the request is meant for this server and has its key."""
@@ -150,10 +163,16 @@ class Handler(JsonHandler):
             "id": replies.name, "object": "model", "created": replies.created,
             "owned_by": "nanollava"}]})
 
+    def read(self, parse: Callable[[dict], Request | bytes]) -> Request | bytes:
+        """What the body asks for."""
+        body = self.read_body()
+        with self.server.parsing:
+            return parse(parse_body(body))
+
     def post_completion(self) -> None:
         replies = self.server.replies
         with self.server.place_in_queue():
-            request = parse_request(parse_body(self.read_body()))
+            request = self.read(parse_request)
             job = self.server.engine.submit(lambda: replies.reply(request))
             pieces, completion = job.pieces(self.check_client), Completion(replies.name)
             if request.stream:
@@ -169,14 +188,10 @@ class Handler(JsonHandler):
         piece = next(pieces)
         self.send_head(200, "text/event-stream", {"Cache-Control": "no-store"})
         self.send_event(completion.chunk({"role": "assistant", "content": ""}))
-        try:
-            while not isinstance(piece, Usage):
-                if piece:
-                    self.send_event(completion.chunk({"content": piece}))
-                piece = next(pieces)
-        except (RequestError, InputError) as error:  # it is too late for a status
-            self.send_event(as_request_error(error).content)
-            raise ConnectionAbortedError from None
+        while not isinstance(piece, Usage):
+            if piece:
+                self.send_event(completion.chunk({"content": piece}))
+            piece = next(pieces)
         self.send_event(completion.chunk({}, piece.finish_reason))
         if include_usage:
             self.send_event(completion.usage_chunk(piece))
@@ -185,10 +200,7 @@ class Handler(JsonHandler):
 
     def post_patch_words(self) -> None:
         with self.server.place_in_queue():
-            url = parse_body(self.read_body()).get("image")
-            if not isinstance(url, str):
-                raise RequestError(400, "image must be a data: URL", "image")
-            file = parse_data_url(url, "image")
+            file = self.read(parse_image)
             job = self.server.engine.submit(lambda: self.server.replies.patch_words(file))
             (words,) = job.pieces(self.check_client)
             self.send_json(200, words)
@@ -203,9 +215,9 @@ def is_local_name(host: str) -> bool:
         return False
 
 
-def as_request_error(error: Exception) -> RequestError:
-    if isinstance(error, TooLongError):
-        return RequestError(400, str(error), "messages", "context_length_exceeded")
-    if isinstance(error, InputError):
-        return RequestError(400, str(error), "messages", "image_parse_error")
-    return error
+def parse_image(content: dict) -> bytes:
+    """The file in the body of /patch_words."""
+    url = content.get("image")
+    if not isinstance(url, str):
+        raise RequestError(400, "image must be a data: URL", "image")
+    return parse_data_url(url, "image")
