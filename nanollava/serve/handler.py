@@ -120,7 +120,7 @@ class JsonHandler(BaseHTTPRequestHandler):
     def send_head(self, status: int, kind: str, headers: dict) -> None:
         self.status = status
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Connection": "close"}.items() | headers.items():
+        for name, value in ({"Content-Type": kind, "Connection": "close"} | headers).items():
             self.send_header(name, value)
         self.end_headers()
 
