@@ -24,12 +24,11 @@ class JsonHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = WRITE_SECONDS
     disable_nagle_algorithm = True  # each piece is sent when it is there
-    paths = ()  # that are known
 
     def setup(self):
         super().setup()
-        self.started, self.status, self.note = time.perf_counter(), None, ""
-        self.command, self.path = "", ""
+        self.started, self.status = time.perf_counter(), None
+        self.what, self.note = "a request", ""  # for the log
         self.is_late = False
         # a client that sends a byte now and then would hold its thread forever
         self.deadline = threading.Timer(READ_SECONDS, self.stop_reading)
@@ -63,13 +62,10 @@ class JsonHandler(BaseHTTPRequestHandler):
 
         Headers, bodies, unknown paths and queries stay out of it: they may hold a key or a prompt.
         """
-        if self.status is None and not self.note:
-            return
-        path = self.path.partition("?")[0]
-        what = f"{self.command} {path}" if path in self.paths else "a request"
-        seconds = time.perf_counter() - self.started
-        print0(f"{time.strftime('%H:%M:%S')}  {what}  {self.status or '-'}  {seconds:.1f} s  "
-               f"{self.note}".rstrip())
+        if self.status or self.note:
+            seconds = time.perf_counter() - self.started
+            print0(f"{time.strftime('%H:%M:%S')}  {self.what}  {self.status or '-'}  "
+                   f"{seconds:.1f} s  {self.note}".rstrip())
 
     def log_message(self, *_) -> None:
         """The base class would print the request line, with its query."""

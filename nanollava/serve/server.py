@@ -112,6 +112,8 @@ class Handler(JsonHandler):
     def answer(self, routes: dict) -> None:
         """Call the function for the path, and send its error."""
         path = self.path.partition("?")[0]
+        if path in self.paths:
+            self.what = f"{self.command} {path}"
         try:
             self.check_head()
             self.check_sender(path)
@@ -132,7 +134,9 @@ class Handler(JsonHandler):
     def check_sender(self, path: str) -> None:
         """Raise RequestError unless the request is meant for this server and has its key."""
         hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
-        if len(hosts) != 1 or self.server.is_local and not is_local_name(hosts[0]):
+        if len(hosts) != 1:
+            raise RequestError(400, "the Host header is missing, or there is another one")
+        if self.server.is_local and not is_local_name(hosts[0]):
             raise RequestError(403, "the Host header does not name this server: use "
                                "http://127.0.0.1 or http://localhost, with its port")
         if origin is not None and origin.lower() not in (
