@@ -13,6 +13,7 @@ from ..infra.start import start
 if __name__ == "__main__":
     start()  # before other imports, which take long
 
+import os
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -90,5 +91,8 @@ def main(arguments) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(arguments)
+    try:
+        with one_line_errors():
+            main(arguments)
+    except SystemExit as exit:  # Python's own end would abort if a reply is still computed
+        os._exit(exit.code)

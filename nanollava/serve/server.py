@@ -92,8 +92,9 @@ class Server(ThreadingTCPServer):
     def close(self) -> None:
         """Take no more requests, and end: the reply under way has CLOSE_SECONDS to finish."""
         self.server_close()
+        until = time.monotonic() + CLOSE_SECONDS
         self.engine.close(CLOSE_SECONDS)
-        until = time.monotonic() + 1.0  # for the last pieces to be sent
+        until = min(until, time.monotonic() + 1.0)  # for the last pieces to be sent
         while self.num_connections and time.monotonic() < until:
             time.sleep(0.02)
 

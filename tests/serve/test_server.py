@@ -635,6 +635,18 @@ def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
         client.close()
 
 
+def test_end_waits_neither_for_a_long_reply_nor_for_an_idle_connection(start, monkeypatch):
+    monkeypatch.setattr("nanollava.serve.server.CLOSE_SECONDS", 0.1)
+    server = start()
+    gate = Gate(server)
+    idle, under_way = Client(server), Client(server).send(chat("What?"))
+    wait_until(lambda: gate.requests)
+    server.close()
+    assert server.engine.thread.is_alive() and server.num_connections == 2
+    gate.leave(under_way)
+    idle.close()
+
+
 def test_waiting_requests_hear_that_the_server_ends(start):
     server = start()
     gate = Gate(server)
