@@ -83,7 +83,7 @@ class Engine:
                     break
             return DONE
         except Exception as error:
-            return as_request_error(error).with_traceback(None)  # its frames hold tensors
+            return as_request_error(error)
 
     def close(self, seconds: float) -> None:
         """End. The job under way has `seconds` to finish; those that wait get an error."""

@@ -36,7 +36,7 @@ class RequestError(Exception):
 def as_request_error(error: Exception) -> RequestError:
     """An error of any class as one for the client. What is not the client's fault is logged."""
     if isinstance(error, RequestError):
-        return error
+        return error.with_traceback(None)  # its frames hold tensors and bodies
     if isinstance(error, TooLongError):
         return RequestError(400, str(error), "messages", "context_length_exceeded")
     if isinstance(error, InputError):

@@ -78,7 +78,9 @@ def test_error_of_a_job_reaches_its_client_and_the_next_job_runs(engine, capsys,
     assert list(engine.submit(lambda: "next").pieces(stay)) == list("next")
 
 
-def test_error_that_is_sent_keeps_no_tensors_alive(engine):
+@pytest.mark.parametrize("kind, arguments", [
+    (InputError, ["no"]), (RequestError, [400, "no"]), (KeyError, ["no"])])
+def test_error_that_is_sent_keeps_no_tensors_alive(engine, kind, arguments):
     class Tensor:
         pass
 
@@ -87,7 +89,7 @@ def test_error_that_is_sent_keeps_no_tensors_alive(engine):
     def work():
         tensor = Tensor()
         tensor.finalizer = weakref.finalize(tensor, deleted.set)
-        raise InputError("no")
+        raise kind(*arguments)
         yield
 
     with pytest.raises(RequestError) as caught:

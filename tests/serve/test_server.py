@@ -1,18 +1,20 @@
 """The endpoint over HTTP: what it answers, and what hostile or broken clients get from it."""
 
 import base64
+import gc
 import io
 import json
 import socket
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from nanollava.chat import stream_reply
+from nanollava.chat import TooLongError, stream_reply
 from nanollava.image import open_image, preprocess
 from nanollava.serve import handler
 from nanollava.serve.replies import Replies
@@ -469,6 +471,27 @@ def test_error_in_a_stream_is_its_last_event(server, gate, monkeypatch, capsys):
     assert (status, end) == (200, "") and '"content": "piece "' in body.decode()
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in body.decode()
+
+
+def test_request_that_failed_is_forgotten_at_once(server, monkeypatch):
+    """A cycle of references would keep its body until Python looks for cycles."""
+    requests = []
+
+    def fail(request):
+        requests.append(weakref.ref(request))
+        raise TooLongError("no")
+        yield
+
+    monkeypatch.setattr(server.replies, "reply", fail)
+    gc.disable()
+    try:
+        assert Client(server).send(chat("What?")).error()[0] == 400
+        wait_until(lambda: not server.num_connections)
+        monkeypatch.undo()
+        whole(server, chat("What?"))  # the engine has another job
+        wait_until(lambda: requests[0]() is None)
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------
