@@ -77,6 +77,13 @@ def test_port_in_use_is_named(error_of, folder):
         assert f"port {port}: " in error_of("--model", folder, "--port", port)
 
 
+def test_images_of_very_many_pixels_are_refused_by_default(error_of, folder):
+    """A file of 50 kB may hold 400 million, which would fill the memory."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        error_of("--model", folder, "--port", other.getsockname()[1])
+    assert Image.MAX_IMAGE_PIXELS == 2**25
+
+
 def test_address_of_another_machine_is_refused(error_of, folder, monkeypatch):
     monkeypatch.setenv(KEY, "sk-secret")
     error = error_of("--model", folder, "--host", "192.0.2.1")
