@@ -278,7 +278,7 @@ def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) ->
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # finite after division by any temperature
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no overflow below
     probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # of all likelier tokens together
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)
