@@ -174,6 +174,7 @@ def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
         print(percent_table(evaluate_run(folder, data, stage2.device)))
         print0(f"look at it in a browser: {folder / 'report.html'}")
         print0("ask it something: python sample.py --image cat.jpg")
+        print0("chat with it in a browser: python -m nanollava.serve")
 
 
 def make_toy_parts(arguments, device: str) -> None:
