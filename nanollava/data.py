@@ -160,8 +160,12 @@ def load_batches(dataset: Conversations, batches: list[list[int]],
         dataset, batch_sampler=[rows for batch in micro_batches for rows in batch],
         collate_fn=collate, num_workers=workers, worker_init_fn=ignore_interrupts,
         pin_memory=torch.cuda.is_available()))
-    for batch in micro_batches:
-        yield [next(loader) for _ in batch]
+    try:
+        for batch in micro_batches:
+            yield [next(loader) for _ in batch]
+    finally:
+        if workers:  # an error's traceback would keep them alive
+            loader._shutdown_workers()
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -173,7 +177,7 @@ def ignore_interrupts(worker: int) -> None:
 
 @atexit.register
 def kill_workers() -> None:
-    """An error's traceback can keep workers until exit, where Python sends SIGTERM and waits."""
+    """A loop that was left can keep workers until exit, where Python sends SIGTERM and waits."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers and os.name == "posix":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises RuntimeError

@@ -137,16 +137,13 @@ def test_file_that_changes_during_training_is_an_error(load, tmp_path, change, w
         list(load_batches(dataset, [[0, 1]], workers=workers))
 
 
-def test_workers_that_an_error_keeps_alive_do_not_delay_the_end():
+def test_workers_that_are_still_there_do_not_delay_the_end():
     script = """if True:
-        import torch
         from nanollava.data import load_batches
-        batches = load_batches(torch.arange(9), [[0], [1], [2], [3]], workers=1)
-        try:
-            next(batches)  # `collate` cannot take integers apart
-        except TypeError as error:
-            kept = [error]
-            kept.append(kept)  # until exit
+        batches = load_batches([([1], [1], [])] * 9, [[0], [1], [2], [3]], workers=1)
+        next(batches)
+        kept = [batches]
+        kept.append(kept)  # until exit
         print("end")"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           timeout=60)
