@@ -83,10 +83,10 @@ def tokenize_prompts(model: Llava, tokenizer: Tokenizer, conversations: list[lis
 
 
 class ChatCache:
-    """Keys and values of the conversations so far: a next turn computes only its new tokens.
+    """Keys and values of the conversations so far: the next turn computes only its new tokens.
 
-    max_bytes: above it, the conversation that was not used for the longest time is dropped. The one
-    that is used now may be larger.
+    max_bytes: beyond it, the least recently used conversation is dropped first. The conversation in
+    use may be larger.
     """
 
     def __init__(self, model: Llava, max_bytes: int = 2**31):
@@ -99,22 +99,22 @@ class ChatCache:
 
     def find(self, tokens: list[int], images: list[torch.Tensor],
              max_new_tokens: int) -> "CachedChat":
-        """The chat that shares most with a prompt, cut to what it shares, with room for a reply.
-
-        A prompt that differs before the end of the last question of a chat begins another branch of
-        it, with a copy of what they share: either may go on.
-        """
-        model = self.model
+        """The chat that shares most with a prompt, cut to what it shares, with room for a reply."""
+        # 1. the longest common beginning
         lengths = [chat.num_shared(tokens, images) for chat in self.chats]
         length = max(lengths, default=0)
-        chat = self.chats[lengths.index(length)] if length else CachedChat(model)
+        chat = self.chats[lengths.index(length)] if length else CachedChat(self.model)
+        # 2. a prompt that differs before the chat's last question ends is another branch: it gets a
+        # copy, because either branch may continue
         if length + 1 < chat.prompt_length:
             chat = chat.copy(length)
+        # 3. make room: the least recently used chats go first
         others = [other for other in self.chats if other is not chat]
         num_slots = max(len(tokens) + max_new_tokens, chat.kv.max_length)
         room = self.max_bytes - chat.kv.num_bytes(num_slots)
         while others and sum(other.kv.num_bytes() for other in others) > room:
             others = others[1:]
+        # 4. what is left is the beginning of the prompt
         chat.cut(length)
         chat.kv.grow(num_slots)
         chat.prompt_length, chat.images = len(tokens), images
@@ -132,9 +132,9 @@ class CachedChat:
         self.prompt_length = 0  # tokens of the last prompt; behind it is the reply
 
     def num_shared(self, tokens: list[int], images: list[torch.Tensor]) -> int:
-        """How many tokens of a prompt need not be computed again.
+        """How many tokens at the beginning of a prompt are in this chat.
 
-        Its last token always must, since its output predicts the reply.
+        The last token of the prompt never counts: its output predicts the reply, so it is computed.
         """
         shared = common_length(self.tokens, tokens[:-1], operator.eq)
         # Equal image tokens may stand for different images. An image is kept as a whole.

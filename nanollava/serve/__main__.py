@@ -2,7 +2,7 @@
 
     python -m nanollava.serve                          # the toy run; open the address it prints
     python -m nanollava.serve --model llava-1.5-7b-hf --port 9000
-    NANOLLAVA_API_KEY=... python -m nanollava.serve --host 0.0.0.0    # for other machines, too
+    NANOLLAVA_API_KEY=... python -m nanollava.serve --host 0.0.0.0    # also for other machines
 
 Clients use http://127.0.0.1:8000/v1 as their base URL. If NANOLLAVA_API_KEY is set, they must send
 it. Replies are computed one after the other. Ctrl-C ends the server.
@@ -31,7 +31,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--model", type=Path, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--host", default="127.0.0.1",
-        help="address to listen at; 0.0.0.0 takes other machines, too, and needs a key in "
+        help="address to listen at; 0.0.0.0 also accepts other machines and needs a key in "
         f"{KEY} (default: %(default)s, this machine alone)")
     add("--port", type=in_range(0, 65535), default=8000,
         help="0 takes a free one (default: %(default)s)")
@@ -49,7 +49,7 @@ def parse_arguments():
     except ValueError:
         raise InputError(f"--host {arguments.host} is not an IP address") from None
     if not is_local and not read_api_key(KEY):
-        raise InputError(f"--host {arguments.host} takes other machines: set {KEY} to a key that "
+        raise InputError(f"--host {arguments.host} accepts other machines: set {KEY} to a key that "
                          "their users must send")
     return arguments
 
@@ -94,5 +94,5 @@ if __name__ == "__main__":
     try:
         with one_line_errors():
             main(arguments)
-    except SystemExit as exit:  # Python's own end would abort if a reply is still computed
+    except SystemExit as exit:  # a normal exit aborts while a reply is computed
         os._exit(exit.code)

@@ -60,7 +60,7 @@ class Engine:
 
     def check_open(self) -> None:
         if self.closing:
-            raise RequestError(503, "the server ends", kind="server_error")
+            raise RequestError(503, "the server is shutting down", kind="server_error")
 
     def seconds_to_wait(self) -> int:
         """An estimate for a job that comes now."""

@@ -125,8 +125,8 @@ def parse_request(content: dict) -> Request:
 def parse_messages(messages: list[dict]) -> tuple[list[dict], list[bytes]]:
     """Messages to turns and image files.
 
-    Our templates have one system prompt, the one of training: what a client has to say there begins
-    the first question. Neighbors with the same role become one turn.
+    A model knows one system prompt, the one of its training, so a client's system message becomes
+    the beginning of the first question. Consecutive messages of one role become one turn.
     """
     turns, images, begin = [], [], []  # turns: a speaker and its texts
     for number, message in enumerate(messages):
@@ -198,9 +198,9 @@ class Completion:
             "index": 0, "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": None, "finish_reason": usage.finish_reason}], usage=usage_json(usage))
 
-    def chunk(self, delta: dict, finish_reason: str | None = None, **more) -> dict:
+    def chunk(self, delta: dict, finish_reason: str | None = None) -> dict:
         return self.build("chat.completion.chunk", [{
-            "index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}], **more)
+            "index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
 
     def usage_chunk(self, usage: Usage) -> dict:
         return self.build("chat.completion.chunk", [], usage=usage_json(usage))

@@ -168,7 +168,7 @@ def test_end_lets_the_job_under_way_finish_and_refuses_the_others():
     closer.start()
     while not engine.closing:
         pass
-    with pytest.raises(RequestError, match="the server ends"):
+    with pytest.raises(RequestError, match="the server is shutting down"):
         engine.submit(lambda: "too late")
     gate.opened.set()
     assert list(running.pieces(stay)) == ["done"]
