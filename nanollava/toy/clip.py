@@ -28,7 +28,7 @@ from ..infra.run_log import Run
 from ..tokenizer import Tokenizer
 from ..training import train
 from ..vision import Encoder, VisionConfig, VisionTower
-from ..weights import hf_config, hf_format, safetensors_io
+from ..weights import hf_config, hf_format, processor, safetensors_io
 from . import scene
 from .muon import muon
 from .questions import CAPTION_STYLES, caption
@@ -251,7 +251,8 @@ def save_clip(clip: Clip, folder: Path) -> None:
             "eos_token_id": clip.end_of_text},
     }
     tensors = {name: tensor.bfloat16() for name, tensor in clip.state_dict().items()}
-    hf_format.save_folder(folder, config, tensors, [clip.tokenizer.path])
+    made = processor.clip_files(clip.tokenizer, VISION_CONFIG.image_size, MAX_CAPTION_LENGTH)
+    hf_format.save_folder(folder, config, tensors, [clip.tokenizer.path], made)
 
 
 def load_clip(folder: Path) -> Clip:

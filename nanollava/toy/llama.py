@@ -32,7 +32,7 @@ from ..llava import Llava, LlavaConfig
 from ..teacher import prompts
 from ..tokenizer import Tokenizer
 from ..training import train
-from ..weights import hf_config, hf_format
+from ..weights import hf_config, hf_format, processor
 from . import questions
 from .clip import SAVE_EVERY, VISION_CONFIG, things_on_patches
 from .muon import muon
@@ -282,7 +282,8 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     train(run, model, batches, optimizers, partial(forward_backward, tokenizer))
     tensors = {name: tensor.bfloat16() for name, tensor in llama.state_dict().items()}
     config = hf_config.llama_json(vars(text_config))
-    hf_format.save_folder(folder, config, tensors, [tokenizer.path])
+    made = processor.llama_files(tokenizer, text_config.max_position_embeddings)
+    hf_format.save_folder(folder, config, tensors, [tokenizer.path], made)
     checkpoints.clear()
 
 

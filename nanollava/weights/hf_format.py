@@ -13,6 +13,8 @@ import torch
 
 from ..infra.io import InputError, atomic_write
 from ..infra.json_io import write_json
+from ..tokenizer import Tokenizer
+from . import processor
 from .hf_config import llava_json
 from .safetensors_io import load_strict, read_tensors, write_tensors
 
@@ -137,18 +139,28 @@ def drop_tied_head(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) ->
 
 
 def save_llava(folder: Path, config: dict, tensors: dict[str, torch.Tensor], files=()) -> None:
-    """Write a LLaVA. `config` is `asdict(LlavaConfig)`."""
+    """Write a LLaVA. `config` is `asdict(LlavaConfig)`.
+
+    If tokenizer.model is among `files`, the files of processor.py are made from it, unless the
+    projector is one that no other software opens.
+    """
     tensors = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor
                for name, tensor in tensors.items()}
     if config["projector"] == "linear":
         add_identity(tensors)
     add_image_row(tensors, config["image_token_id"])
-    save_folder(folder, llava_json(config), tensors, files)
+    raw, made = llava_json(config), None
+    for path in map(Path, files):
+        if path.name == "tokenizer.model" and raw["model_type"] == "llava":
+            made = processor.llava_files(Tokenizer(path), config)
+    save_folder(folder, raw, tensors, files, made)
 
 
-def save_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], files=()) -> None:
+def save_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], files=(),
+                made: dict[str, dict | str] | None = None) -> None:
     """Write a model folder: copies of `files`, the tensors, and last config.json.
 
+    made: the files of processor.py, {name: content}.
     A folder with a config.json is therefore complete, even if an earlier run was killed.
     Raises InputError if a file cannot be written.
     """
@@ -157,5 +169,7 @@ def save_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], fi
     for path in map(Path, files):
         with atomic_write(folder / path.name) as temp:
             shutil.copyfile(path, temp)
+    if made is not None:
+        processor.write_files(folder, made)
     write_tensors(folder, tensors)
     write_json(folder / "config.json", config, indent=2)

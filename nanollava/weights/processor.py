@@ -25,6 +25,9 @@ from ..infra.json_io import write_json
 from ..infra.progress import print0
 from ..tokenizer import Tokenizer
 
+FILES = {"preprocessor_config.json", "processor_config.json", "tokenizer.json",
+         "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+
 # ---------------------------------------------------------------------------------------------
 # tokenizer.model is a protocol buffer: sentencepiece_model.proto in the SentencePiece sources. The
 # Python package tells neither which pieces are user-defined nor how text is normalized.
@@ -143,7 +146,8 @@ def unk_id(tokenizer: Tokenizer) -> int:
     return tokenizer.sentencepiece.unk_id()
 
 
-def tokenizer_json(tokenizer: Tokenizer, added: dict[int, str], post_processor: dict) -> dict | None:
+def tokenizer_json(tokenizer: Tokenizer, added: dict[int, str],
+                   post_processor: dict) -> dict | None:
     """The content of tokenizer.json; None, with a note, for a vocabulary that it cannot express.
 
     added: special tokens past the vocabulary, {id: text}.
@@ -313,7 +317,12 @@ def clip_files(tokenizer: Tokenizer, image_size: int, max_length: int) -> dict[s
 
 
 def write_files(folder: Path, files: dict[str, dict | str]) -> None:
-    """Write JSON, and texts as they are. Raises InputError if a file cannot be written."""
+    """Write JSON, and texts as they are; remove what another model left under the other names.
+
+    Raises InputError if a file cannot be written.
+    """
+    for name in FILES - files.keys():
+        (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
         if isinstance(content, str):
             with atomic_write(folder / name) as temp:
