@@ -19,11 +19,17 @@ and from the root of the repository (the same versions give the same bytes):
     images/        one image of every mode
     values.npz     what transformers computes from the models
     pixels.npz     what the image processors of transformers (on Pillow) make of the images
+    bytes.model    a small BPE vocabulary with byte fallback, by sentencepiece 0.2.3
+    processor.json what AutoProcessor, with the files of weights/processor.py, makes of
+                   conversations and of an image; made with transformers 5.24.0, which needs no
+                   sentencepiece for it: `python tests/golden/make.py processor` makes these two
 """
 
 import hashlib
+import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +37,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from transformers import (
+    AutoProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -237,10 +244,67 @@ def make_pixels():
     return pixels
 
 
+CONVERSATIONS = [  # without answers where a list has one text
+    ["<image>\nWhat is at the top left?"],
+    ["What color is it?\n<image>", "  At the top left is a cat.\n", "And (A)?", "", "<image>", "x"],
+    ["A <image>  B<image> ", "It's ### 3", "\n 图中有一只猫吗? \t👩‍👦 é\u00a0", "是。 😀😀 #"],
+    ["no image", "▁ a    b        c", "----  ====", "<0x0A>", "at the top lefty", "USER: </ s>"],
+]
+
+
+def make_bytes_model():
+    import sentencepiece
+
+    texts = [text for texts in CONVERSATIONS[:2] for text in texts] * 4
+    texts += ["a curious user asks what is in the picture; the assistant answers: a cat"] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(HERE / "bytes"), model_type="bpe",
+        vocab_size=340, byte_fallback=True, character_coverage=1.0, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (HERE / "bytes.vocab").unlink()
+
+
+def make_processor():
+    """Tokens of CONVERSATIONS in each template, and pixels, both by transformers."""
+    from nanollava import Tokenizer
+    from nanollava.conversation import TEMPLATES
+    from nanollava.weights import processor
+
+    make_bytes_model()
+    image, golden = Image.open(HERE / "images/flat.png"), {"conversations": CONVERSATIONS}
+    for path in (HERE / "bytes.model", HERE.parents[1] / "assets/toy-llama/tokenizer.model"):
+        tokenizer = Tokenizer(path)
+        for template in TEMPLATES:
+            config = {"template": template, "image_token_id": len(tokenizer) + 1,
+                      "vision": VISION, "text": {"max_position_embeddings": 2048}}
+            files = processor.llava_files(tokenizer, config)
+            with tempfile.TemporaryDirectory() as folder:
+                processor.write_files(Path(folder), files)
+                auto = AutoProcessor.from_pretrained(folder)
+            rows = [run_processor(auto, texts, image) for texts in CONVERSATIONS]
+            golden[f"{path.parent.name} {template}"] = {
+                "tokens": rows, "files": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    pixels = auto(text="<image>", images=image, return_tensors="np")["pixel_values"][0]
+    golden["flat.png"] = hashlib.sha256(pixels.astype("<f4").tobytes()).hexdigest()
+    text = json.dumps(golden, ensure_ascii=False)
+    (HERE / "processor.json").write_text(text.replace("}, ", "},\n") + "\n")
+
+
+def run_processor(auto, texts, image):
+    """The tokens of a conversation; `texts` are by turns of user and assistant."""
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text}
+                for number, text in enumerate(texts)]
+    text = auto.apply_chat_template(messages, add_generation_prompt=len(texts) % 2 == 1)
+    images = [image] * text.count("<image>") or None
+    return np.array(auto(text=text, images=images)["input_ids"]).flatten().tolist()
+
+
 @torch.no_grad()
 def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if sys.argv[1:] == ["processor"]:
+        return make_processor()
     for folder in ("llava", "linear", "mlp", "llama", "clip", "clip-vision", "images"):
         shutil.rmtree(HERE / folder, ignore_errors=True)
     make_images()
@@ -252,6 +316,7 @@ def main():
     values = {f"{model} {key}": value.numpy()
               for model, result in results.items() for key, value in result.items()}
     np.savez_compressed(HERE / "values.npz", **values)
+    make_processor()
 
 
 if __name__ == "__main__":
