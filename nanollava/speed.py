@@ -3,6 +3,7 @@
     python -m nanollava.speed                    # on the fastest device, in the dtype fast on it
     python -m nanollava.speed --dtype bfloat16 --repeat 10
     python -m nanollava.speed --compile          # our side with --compile
+    python -m nanollava.speed --toy              # how long `python train.py` takes, and how well
 
 The model has random weights and a size between the toy's and the real one's: a ViT-B, a LLaMA of 12
 blocks of 768, steps of 4 rows of 324 tokens. transformers takes part if it is installed. Both sides
@@ -35,13 +36,14 @@ import torch
 
 from .conversation import IGNORE_INDEX
 from .infra import distributed
-from .infra.cli import Parser, format_table, in_range, one_line_errors
+from .infra.cli import Parser, check_flags, format_table, in_range, one_line_errors
 from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .plan import count_parameters, step_flops
+from .toy.speedrun import speedrun
 from .training import adamw, forward_backward, freeze, recompute_swiglu
 from .vision import VisionConfig
 
@@ -52,6 +54,8 @@ CONFIG = LlavaConfig(
                 num_attention_heads=12))
 ROWS, TOKENS, TARGETS = 4, CONFIG.tokens_per_image + 68, 34  # of a training step; targets of a row
 NEW_TOKENS = 64  # to generate
+CONFLICTS = {(flag, "--toy"): "the toy run is timed as train.py runs it"
+             for flag in ("--dtype", "--device", "--repeat", "--compile")}
 
 
 def parse_arguments():
@@ -64,10 +68,16 @@ def parse_arguments():
         help="turns of each measurement (default: %(default)s)")
     add("--compile", action="store_true",
         help="compile our blocks, which takes minutes before the first step")
-    return parser.parse_args()
+    add("--toy", action="store_true", help="time the toy run instead, see docs/log.md")
+    add("--seeds", type=in_range(1, 100), default=3, help="toy runs (default: %(default)s)")
+    arguments = parser.parse_args()
+    check_flags(arguments, {"--seeds": ("--toy",)}, CONFLICTS)
+    return arguments
 
 
 def main(arguments) -> None:
+    if arguments.toy:
+        return print(speedrun(arguments.seeds))
     device = best_device(arguments.device)
     dtype = best_dtype(device, arguments.dtype)
     sides = {"nanollava": Side(partial(training_step, compiled=arguments.compile),
