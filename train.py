@@ -242,7 +242,8 @@ def train_stage(settings: Settings) -> None:
                               run_identity(settings, dataset, num_steps))
     run = Run(f"stage {settings.stage}", num_steps, checkpoints, out / "log.jsonl",
               settings.save_every)
-    batches = load_batches(dataset, rows[run.start :], settings.micro_batch_size, settings.workers)
+    batches = load_batches(dataset, rows[run.start :], settings.micro_batch_size, settings.workers,
+                           settings.device)
     validate = partial(validate_stage, model, val_set, tokenizer, settings) if val_set else None
     with explain_errors(dataset, rows):
         train(run, model, batches, optimizers, forward_backward, validate)
@@ -321,7 +322,8 @@ def validate_stage(model: Llava, val_set: Conversations, tokenizer: Tokenizer, s
                    best_loss: float) -> float:
     """The validation loss. A model with a new lowest loss is saved in OUT/best."""
     rows = eval_batches(val_set.lengths, settings.batch_size)
-    batches = load_batches(val_set, rows, settings.micro_batch_size, settings.workers)
+    batches = load_batches(val_set, rows, settings.micro_batch_size, settings.workers,
+                           settings.device)
     loss = mean_loss(model, batches, settings.device)
     if loss < best_loss:
         save_model(model, settings.out / "best.part", tokenizer, settings)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .conversation import TEMPLATES, tokenize_conversation
-from .data import collate
+from .data import pad_right
 from .infra.device import best_device, best_dtype, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
@@ -78,7 +78,7 @@ def tokenize_prompts(model: Llava, tokenizer: Tokenizer, conversations: list[lis
     if longest >= context:
         raise TooLongError(f"the conversation has {longest} tokens, but the model reads at most "
                            f"{context}: start a new one, or shorten it")
-    tokens, _, _ = collate([(*row, []) for row in rows])
+    tokens, _ = pad_right(rows)
     return tokens, lengths, context - lengths
 
 

@@ -1,7 +1,8 @@
 """LLaVA JSON files to batches: rows of {"image": file, "conversations": turns}.
 
 All rows are checked before the first step (data_checks.py). A row is read and tokenized, and its
-images are opened, when a batch needs it.
+images are opened, when a batch needs it. Whatever needs no GPU happens here, ahead of the step: an
+image stays at 8 bits a value until it is on the GPU, and the positions in a batch are found.
 """
 
 import atexit
@@ -11,7 +12,9 @@ import multiprocessing
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +22,12 @@ from torch.utils.data import DataLoader
 
 from .conversation import IGNORE_INDEX, tokenize_conversation
 from .data_checks import check_row, check_sources, format_errors, row_name
-from .image import open_image, preprocess
+from .image import normalize, open_image, resize_and_crop
 from .infra import distributed
+from .infra.device import to_device
 from .infra.io import InputError, file_version, hash_file, path_inside
 from .infra.json_io import read_json_item
+from .llava import find_image_tokens, find_targets
 
 PAD_ROW = -1  # the index of a row without targets, which fills up a batch
 
@@ -58,7 +63,7 @@ class Conversations(torch.utils.data.Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int):
-        """(tokens, labels, images): two lists of T <= max_length, and a list of (3, H, W)."""
+        """(tokens, labels, images): two lists of T <= max_length, a list of uint8 (3, H, W)."""
         if index == PAD_ROW:
             return [self.tokenizer.bos_id], [IGNORE_INDEX], []
         # 1. read the row from its file
@@ -68,7 +73,7 @@ class Conversations(torch.utils.data.Dataset):
         # 2. each `<image>` becomes tokens_per_image image tokens
         tokens, labels = self.tokenize(turns)
         # 3. pixels, one image for each `<image>`
-        images = [preprocess(open_image(path_inside(folder, file)), self.config.image_size)
+        images = [resize_and_crop(open_image(path_inside(folder, file)), self.config.image_size)
                   for file in files]
         return tokens[: self.max_length], labels[: self.max_length], images
 
@@ -91,20 +96,49 @@ def hash_sources(sources) -> str:
     return digest.hexdigest()[:12]
 
 
-def collate(samples):
-    """Rows to tokens (B, T), labels (B, T) and images (N, 3, H, W), or None without images.
+class Batch(NamedTuple):
+    """B rows of T tokens with N images of P tokens each: the arguments of `Llava.forward`."""
 
-    Shorter rows are padded on the right. The padding needs no mask: attention is causal, so no
-    token sees what comes after it, and the label of padding is IGNORE_INDEX.
+    tokens: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64
+    images: torch.Tensor | None  # (N, 3, H, W), uint8 on the CPU; None without images
+    # Positions among the B * T tokens. The CPU finds them, because a GPU would have to be waited
+    # for: their number is the shape of what follows.
+    image_positions: torch.Tensor  # (N * P,), of the image tokens
+    target_positions: torch.Tensor  # (n,), of the tokens to predict
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on the device of the model, with normalized pixels.
+
+        Without this, fully_shard would copy each tensor itself, and wait for the GPU each time.
+        """
+        device = torch.device(device)
+        batch = Batch(*(None if tensor is None else to_device(tensor, device) for tensor in self))
+        images = None if batch.images is None else normalize(batch.images)
+        return batch._replace(images=images)
+
+
+def collate(samples, image_token_id: int) -> Batch:
+    """Rows of a Conversations to a batch."""
+    tokens, labels = pad_right([(tokens, labels) for tokens, labels, _ in samples])
+    images = [image for _, _, row_images in samples for image in row_images]  # in reading order
+    return Batch(tokens, labels, torch.stack(images) if images else None,
+                 find_image_tokens(tokens, image_token_id), find_targets(labels))
+
+
+def pad_right(rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of (tokens, labels), lists of different lengths, to tokens (B, T) and labels (B, T).
+
+    The padding needs no mask: attention is causal, so no token sees what comes after it, and the
+    label of padding is IGNORE_INDEX.
     """
-    length = max(len(tokens) for tokens, _, _ in samples)  # T
-    tokens = torch.zeros(len(samples), length, dtype=torch.long)
-    labels = torch.full((len(samples), length), IGNORE_INDEX)
-    for row, (row_tokens, row_labels, _) in enumerate(samples):
+    length = max(len(tokens) for tokens, _ in rows)  # T
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORE_INDEX)
+    for row, (row_tokens, row_labels) in enumerate(rows):
         tokens[row, : len(row_tokens)] = torch.tensor(row_tokens)
         labels[row, : len(row_labels)] = torch.tensor(row_labels)
-    images = [image for _, _, row_images in samples for image in row_images]  # in reading order
-    return tokens, labels, torch.stack(images) if images else None
+    return tokens, labels
 
 
 def length_grouped_batches(lengths, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -144,11 +178,13 @@ def eval_batches(lengths, batch_size: int) -> list[list[int]]:
 
 
 def load_batches(dataset: Conversations, batches: list[list[int]],
-                 micro_batch_size: int | None = None, workers: int = 0):
-    """Yield this rank's share of each batch as a list of micro-batches, made by `collate`.
+                 micro_batch_size: int | None = None, workers: int = 0, device: str = "cpu"):
+    """Yield this rank's share of each batch as a list of micro-batches (`Batch`).
 
     micro_batch_size: rows of a micro-batch; None means the share in one.
     workers: processes that read rows ahead of training; 0 means this one, without reading ahead.
+    device: where the model is. For CUDA, batches are in pinned memory: they are copied while the
+        GPU computes.
     """
     # A batch is sorted by length. Rank r takes rows r, r + world_size, ...: all ranks get similar
     # lengths, and none waits long for another.
@@ -158,8 +194,9 @@ def load_batches(dataset: Conversations, batches: list[list[int]],
                      for rows in shares]
     loader = iter(DataLoader(
         dataset, batch_sampler=[rows for batch in micro_batches for rows in batch],
-        collate_fn=collate, num_workers=workers, worker_init_fn=ignore_interrupts,
-        pin_memory=torch.cuda.is_available()))
+        collate_fn=partial(collate, image_token_id=dataset.config.image_token_id),
+        num_workers=workers, worker_init_fn=ignore_interrupts,
+        pin_memory=device.startswith("cuda")))
     try:
         for batch in micro_batches:
             yield [next(loader) for _ in batch]

@@ -3,6 +3,7 @@
 The result is bit-equal to transformers' Pillow processors, `CLIPImageProcessor` and LLaVA's.
 """
 
+import functools
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,8 @@ from .infra.io import InputError, check_regular_file
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
-# (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic
+# (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic,
+# and has the same bits on every device
 NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - np.float32([MEAN]).T) / np.float32([STD]).T
 
 
@@ -26,6 +28,11 @@ def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.
     The shorter side is resized to `size` (bicubic) and the center is cropped. With `pad` the image
     is first padded to a square with the mean color, as LLaVA-1.5 does, so that nothing is cropped.
     """
+    return normalize(resize_and_crop(image, size, pad))
+
+
+def resize_and_crop(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
+    """The first half of `preprocess`: pixels (3, size, size) from 0 to 255, as uint8."""
     image = to_rgb(image)
     if pad and image.width != image.height:
         side = max(image.size)
@@ -40,9 +47,18 @@ def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.
     # crop the center
     left, top = (width - size) // 2, (height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # (size, size, 3), 0..255
-    # normalize, channels first
-    channels = [NORMALIZED[channel].take(pixels[..., channel]) for channel in range(3)]
-    return torch.from_numpy(np.stack(channels))  # (3, size, size)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, size, size)
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """The second half: uint8 pixels (..., 3, H, W) to float32, on the device where they are."""
+    channels = torch.arange(3, device=pixels.device)[:, None, None]
+    return normalized_values(pixels.device)[channels, pixels.long()]
+
+
+@functools.cache
+def normalized_values(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(NORMALIZED).to(device)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -128,30 +128,34 @@ class Llava(nn.Module):
         # and gradients can be averaged over ranks.
         return self.multi_modal_projector(patches)
 
-    def merge_image_features(self, tokens: torch.Tensor, image_features: torch.Tensor):
+    def merge_image_features(self, tokens: torch.Tensor, image_features: torch.Tensor,
+                             image_positions: torch.Tensor | None = None) -> torch.Tensor:
         """Embed tokens (B, T), and put features (N, P, D) in place of image tokens: (B, T, D).
 
             tokens    BOS  "USER:"  IMG  IMG  IMG  "What"  "color"  ...
             embeds     e      e     h_1  h_2  h_3     e       e     ...
 
         The i-th image token in reading order gets the i-th of the N * P features.
+        image_positions: as in `forward`.
         Raises ValueError if their numbers differ.
         """
-        is_image = tokens == self.config.image_token_id  # (B, T)
-        places = is_image.nonzero()  # (number of image tokens, 2), in reading order
+        if image_positions is None:
+            image_positions = find_image_tokens(tokens, self.config.image_token_id)
         features = image_features.flatten(0, 1)  # (N * P, D)
-        if len(places) != len(features):
-            raise ValueError(
-                f"{len(places)} image tokens in the text, but {len(features)} image features")
+        if len(image_positions) != len(features):
+            raise ValueError(f"{len(image_positions)} image tokens in the text, but "
+                             f"{len(features)} image features")
+        tokens, positions = (to_device(x, self.device) for x in (tokens, image_positions))
         # the image token lies past the vocabulary: token 0 stands in for it until it is replaced
-        text_tokens = to_device(tokens.masked_fill(is_image, 0), self.device)
-        embeds = self.language_model.embed(text_tokens).to(self.dtype)
-        rows, columns = to_device(places, self.device).unbind(dim=1)
-        return embeds.index_put((rows, columns), features.to(self.dtype))
+        text_tokens = tokens.masked_fill(tokens == self.config.image_token_id, 0)
+        embeds = self.language_model.embed(text_tokens).to(self.dtype)  # (B, T, D)
+        merged = embeds.flatten(0, 1).index_copy(0, positions, features.to(self.dtype))
+        return merged.view_as(embeds)
 
     def forward(self, tokens: torch.Tensor, images: torch.Tensor | None = None,
                 labels: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
-                reduction: str = "mean") -> torch.Tensor:
+                reduction: str = "mean", image_positions: torch.Tensor | None = None,
+                target_positions: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V), or with labels (B, T) the loss of equation 3 over the targets.
 
         tokens: (B, T) int64. Shorter rows are padded on the right with any token: attention is
@@ -160,24 +164,24 @@ class Llava(nn.Module):
             (N, P, D), made by `encode_images`.
         reduction: "mean" or "sum" over the targets, which are the labels other than -100. Logits
             are computed only there. A mean over no targets is 0.
-
-        Tokens and labels should be on the CPU: finding image tokens and targets then needs no GPU
-        sync.
+        image_positions (N * P,), target_positions (n,): what `find_image_tokens(tokens)` and
+            `find_targets(labels)` return, if that is known. Training calls those on the CPU, ahead
+            of the step; here, tokens on a GPU would make the CPU wait for it.
         """
         # 1. the image becomes features in the language model's space
         if image_features is None:
             image_features = self.encode_images(images)
         # 2. the features take the places of the image tokens
-        embeds = self.merge_image_features(tokens, image_features)  # (B, T, D)
+        embeds = self.merge_image_features(tokens, image_features, image_positions)  # (B, T, D)
         if labels is None:
             return self.language_model.logits(self.language_model(embeds))
-        # 3. position t predicts token t + 1, and only answers are predicted
-        targets = labels.roll(-1, dims=1)
-        targets[:, -1] = IGNORE_INDEX
-        keep = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]  # (n,)
-        targets = to_device(targets.flatten()[keep], self.device)
-        # 4. hidden states and logits where there is a target
-        hidden = self.language_model(embeds, keep=to_device(keep, self.device))  # (n, D)
+        # 3. only answers are predicted
+        if target_positions is None:
+            target_positions = find_targets(labels)
+        labels, positions = (to_device(x, self.device) for x in (labels, target_positions))
+        targets = labels.flatten()[positions]  # (n,)
+        # 4. position t predicts token t + 1: hidden states and logits before each target
+        hidden = self.language_model(embeds, keep=positions - 1)  # (n, D)
         logits = self.language_model.logits(hidden)  # (n, V)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         return loss if reduction == "sum" else loss / max(1, len(targets))
@@ -268,6 +272,21 @@ class Llava(nn.Module):
                 tensors[name] = tensor.to("cpu", dtype)
         distributed.on_rank0(
             hf_format.save_llava, folder, asdict(self.config), merge_lora(tensors), files)
+
+
+def find_image_tokens(tokens: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """Positions (N * P,) of the image tokens among tokens (B, T), in reading order."""
+    return (tokens == image_token_id).flatten().nonzero()[:, 0]
+
+
+def find_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Positions (n,) of the targets among labels (B, T), in reading order.
+
+    The first token of a row is never a target: no position comes before it that could predict it.
+    """
+    is_target = labels != IGNORE_INDEX
+    is_target[:, 0] = False
+    return is_target.flatten().nonzero()[:, 0]
 
 
 def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from .conversation import IGNORE_INDEX
+from .data import Batch, collate
 from .infra import distributed
 from .infra.cli import Parser, check_flags, format_table, in_range, one_line_errors
 from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
@@ -158,21 +159,23 @@ class Side:
     generator: Callable  # (folder, dtype, device) -> generate(number of new tokens)
 
 
-def make_batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens (B, T), labels (B, T) and images (B, 3, H, W) of one step, always the same."""
+def make_batch() -> Batch:
+    """The rows of one step, always the same."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, CONFIG.text.vocab_size, (ROWS, TOKENS), generator=random)
     tokens[:, 1 : 1 + CONFIG.tokens_per_image] = CONFIG.image_token_id
     labels = tokens.clone()
     labels[:, :-TARGETS] = IGNORE_INDEX
-    images = torch.randn(ROWS, 3, CONFIG.image_size, CONFIG.image_size, generator=random)
-    return tokens.to(device), labels.to(device), images.to(device)
+    images = torch.randint(256, (ROWS, 3, CONFIG.image_size, CONFIG.image_size),
+                           dtype=torch.uint8, generator=random)
+    rows = zip(tokens.tolist(), labels.tolist(), images[:, None])  # one image a row
+    return collate(list(rows), CONFIG.image_token_id)
 
 
 def training_step(folder: Path, dtype: torch.dtype, device: str, stage: int,
                   compiled: bool = False) -> Callable:
     """Our training step, as train.py takes it."""
-    batch = [make_batch("cpu")]  # one micro-batch
+    batch = [make_batch()]  # one micro-batch
     model = Llava.from_pretrained(folder, torch.float32)
     freeze(model, stage)
     model.compute_dtype = pick_compute_dtype(dtype, device)
@@ -196,7 +199,7 @@ def transformers_training_step(folder: Path, dtype: torch.dtype, device: str,
     """The same step in transformers."""
     from transformers import LlavaForConditionalGeneration
 
-    tokens, labels, images = make_batch(device)
+    tokens, labels, images, *_ = make_batch().to(device)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).train()
     model.requires_grad_(False)
@@ -221,7 +224,7 @@ def transformers_training_step(folder: Path, dtype: torch.dtype, device: str,
 
 def generator(folder: Path, dtype: torch.dtype, device: str, compiled: bool = False) -> Callable:
     """Our generation of new tokens for one row."""
-    tokens, _, images = make_batch(device)
+    tokens, _, images, *_ = make_batch().to(device)
     model = Llava.from_pretrained(folder, dtype, device)
     model.compute_dtype = pick_compute_dtype(dtype, device)
     if compiled:
@@ -233,7 +236,7 @@ def transformers_generator(folder: Path, dtype: torch.dtype, device: str) -> Cal
     """The same generation in transformers."""
     from transformers import LlavaForConditionalGeneration
 
-    tokens, _, images = make_batch(device)
+    tokens, _, images, *_ = make_batch().to(device)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None  # on neither side does a stop token end a row
     inputs = dict(input_ids=tokens[:1], pixel_values=images[:1].to(dtype),

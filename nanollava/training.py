@@ -13,7 +13,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .conversation import IGNORE_INDEX
 from .infra import distributed
 from .infra.io import InputError
 from .infra.run_log import Run
@@ -80,26 +79,22 @@ def learning_rate(step: int, num_steps: int, peak: float) -> float:
 def forward_backward(model: nn.Module, batch: list, device) -> tuple[torch.Tensor, int]:
     """Gradients of the mean loss over all target tokens of a step; that loss and the token count.
 
-    A batch is a list of micro-batches (tokens, labels, images), and each rank has its own. The mean
-    of their means would give more weight to a token whose micro-batch has few targets. So losses
-    are summed, and divided once by the number of targets on all ranks.
+    A batch is a list of micro-batches (data.Batch), and each rank has its own. The mean of their
+    means would give more weight to a token whose micro-batch has few targets. So losses are summed,
+    and divided once by the number of targets on all ranks.
     """
-    num_targets = sum(count_targets(labels) for _, labels, _ in batch)
+    num_targets = sum(len(micro_batch.target_positions) for micro_batch in batch)
     # torch.full fills on the device: copying a number to a GPU would wait for it
     num_targets = distributed.all_reduce_sum(torch.full((), float(num_targets), device=device))
     step_loss = torch.zeros((), device=device)
-    for tokens, labels, images in batch:
-        loss = model(tokens, images, labels=labels, reduction="sum") / num_targets
+    for micro_batch in batch:
+        inputs = micro_batch.to(device)._asdict()
+        loss = model(**inputs, reduction="sum") / num_targets
         # fully_shard averages gradients over ranks; scaling by the world size restores the sum
         (loss * distributed.world_size()).backward()
         step_loss += loss.detach()
-    num_tokens = distributed.world_size() * sum(tokens.numel() for tokens, _, _ in batch)
+    num_tokens = distributed.world_size() * sum(part.tokens.numel() for part in batch)
     return distributed.all_reduce_sum(step_loss), num_tokens
-
-
-def count_targets(labels: torch.Tensor) -> int:
-    """The number of predicted tokens in labels (B, T): the first of a row has nothing before it."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 @torch.no_grad()
@@ -107,9 +102,10 @@ def mean_loss(model: nn.Module, batches: Iterable, device) -> float:
     """The mean loss over all target tokens of the batches, on all ranks."""
     total = torch.zeros(2, device=device)  # sum of losses, number of targets
     for batch in batches:
-        for tokens, labels, images in batch:
-            loss = model(tokens, images, labels=labels, reduction="sum")
-            total += torch.stack([loss, torch.full_like(loss, count_targets(labels))])
+        for micro_batch in batch:
+            loss = model(**micro_batch.to(device)._asdict(), reduction="sum")
+            num_targets = torch.full_like(loss, len(micro_batch.target_positions))
+            total += torch.stack([loss, num_targets])
     loss_sum, num_targets = distributed.all_reduce_sum(total).tolist()
     return loss_sum / num_targets
 

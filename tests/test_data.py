@@ -140,7 +140,10 @@ def test_file_that_changes_during_training_is_an_error(load, tmp_path, change, w
 def test_workers_that_are_still_there_do_not_delay_the_end():
     script = """if True:
         from nanollava.data import load_batches
-        batches = load_batches([([1], [1], [])] * 9, [[0], [1], [2], [3]], workers=1)
+        class Rows(list):
+            class config:
+                image_token_id = 9
+        batches = load_batches(Rows([([1], [1], [])] * 9), [[0], [1], [2], [3]], workers=1)
         next(batches)
         kept = [batches]
         kept.append(kept)  # until exit
@@ -154,16 +157,16 @@ def test_workers_that_are_still_there_do_not_delay_the_end():
 # Batches
 
 
-def test_collate_pads_on_the_right_without_labels(load):
-    tokens, labels, images = collate(list(load([TEXT_ROW, ROW])))
+def test_collate_pads_on_the_right_without_labels(load, config):
+    tokens, labels, images, *_ = collate(list(load([TEXT_ROW, ROW])), config.image_token_id)
     assert tokens.shape == labels.shape and images.shape == (1, 3, 32, 32)
     padding = (tokens[0] == 0).nonzero()[:, 0]
     assert len(padding) and padding[-1] == tokens.shape[1] - 1
     assert (labels[0, padding] == IGNORE_INDEX).all()
 
 
-def test_collate_without_images_gives_none(load):
-    assert collate(list(load([TEXT_ROW])))[2] is None
+def test_collate_without_images_gives_none(load, config):
+    assert collate(list(load([TEXT_ROW])), config.image_token_id).images is None
 
 
 def test_epoch_has_each_row_once_in_batches_of_similar_length():
@@ -213,17 +216,17 @@ def test_pad_row_has_no_targets(load, tokenizer):
 def test_batches_are_split_into_micro_batches(load, workers):
     batches = list(load_batches(load([ROW] * 5), [[0, 1, 2], [3, 4, 0]], micro_batch_size=2,
                                 workers=workers))
-    assert [[len(tokens) for tokens, _, _ in batch] for batch in batches] == [[2, 1], [2, 1]]
-    assert batches[0][0][2].shape == (2, 3, 32, 32)
+    assert [[len(part.tokens) for part in batch] for batch in batches] == [[2, 1], [2, 1]]
+    assert batches[0][0].images.shape == (2, 3, 32, 32)
 
 
-def test_ranks_share_a_batch(load, monkeypatch):
+def test_ranks_share_a_batch(load, config, monkeypatch):
     answers = ["A.", "B.", "C.", "D."]
     rows = [{"conversations": [TEXT_ROW["conversations"][0], {"from": "gpt", "value": answer}]}
             for answer in answers]
     dataset = load(rows)
     monkeypatch.setattr("nanollava.infra.distributed.world_size", lambda: 2)
     monkeypatch.setattr("nanollava.infra.distributed.rank", lambda: 1)
-    ((tokens, _, _),), = load_batches(dataset, [[0, 1, 2, 3]])
-    expected, _, _ = collate([dataset[1], dataset[3]])
-    assert torch.equal(tokens, expected)
+    (batch,), = load_batches(dataset, [[0, 1, 2, 3]])
+    expected = collate([dataset[1], dataset[3]], config.image_token_id)
+    assert torch.equal(batch.tokens, expected.tokens)

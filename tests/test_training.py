@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from nanollava.data import PAD_ROW, Conversations, collate, eval_batches, load_batches
+from nanollava.image import normalize
 from nanollava.infra.device import compile_blocks
 from nanollava.infra.io import InputError
 from nanollava.infra.run_log import Run
+from nanollava.llava import find_targets
 from nanollava.training import (
     DivergedError,
     apply_gradient_checkpointing,
-    count_targets,
     forward_backward,
     freeze,
     learning_rate,
@@ -140,6 +141,11 @@ def rows(model, tokenizer, world):
     return [dataset[number] for number in range(6)]
 
 
+def loss_of(model, batch):
+    """The mean loss of a batch as a reader would compute it: the model finds all positions."""
+    return model(batch.tokens, normalize(batch.images), labels=batch.labels)
+
+
 def gradients(model, batch):
     model.zero_grad(set_to_none=True)
     loss, num_tokens = forward_backward(model, batch, "cpu")
@@ -149,29 +155,29 @@ def gradients(model, batch):
 
 @pytest.mark.parametrize("sizes", [[1] * 6, [4, 2], [1, 5]])
 def test_micro_batches_have_the_loss_and_gradients_of_the_batch(model, rows, sizes):
-    tokens, labels, images = collate(rows)
-    expected = model(tokens, images, labels=labels)  # the mean over all targets
-    together = gradients(model, [(tokens, labels, images)])
+    batch = collate(rows, model.config.image_token_id)
+    expected = loss_of(model, batch)  # the mean over all targets
+    together = gradients(model, [batch])
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    micro_batches = [collate(rows[start : start + size]) for start, size in zip(starts, sizes)]
+    micro_batches = [collate(rows[start : start + size], model.config.image_token_id)
+                     for start, size in zip(starts, sizes)]
     torch.testing.assert_close(together[0], expected)
     assert_equal_gradients(gradients(model, micro_batches), together)
 
 
 def test_number_of_tokens_counts_padding_and_of_targets_not_the_first_label(model, rows):
-    tokens, labels, images = collate(rows)
-    _, num_tokens = forward_backward(model, [(tokens, labels, images)], "cpu")
-    assert num_tokens == tokens.numel()
-    assert count_targets(torch.tensor([[5, -100, 7], [-100, 8, 9]])) == 3
+    batch = collate(rows, model.config.image_token_id)
+    _, num_tokens = forward_backward(model, [batch], "cpu")
+    assert num_tokens == batch.tokens.numel()
+    assert find_targets(torch.tensor([[5, -100, 7], [-100, 8, 9]])).tolist() == [2, 4, 5]
 
 
 def test_validation_loss_does_not_depend_on_batches(model, tokenizer, world):
     dataset = Conversations([(world / "instruct.json", world / "images")], tokenizer, model.config)
     dataset.places, dataset.lengths = dataset.places[:7], dataset.lengths[:7]
     (batch,) = load_batches(dataset, eval_batches(dataset.lengths, 7))
-    (tokens, labels, images), = batch
     with torch.no_grad():
-        expected = model(tokens, images, labels=labels).item()
+        expected = loss_of(model, *batch).item()
     for size, padding in ((2, []), (3, []), (7, [PAD_ROW] * 2)):  # rows without targets
         batches = eval_batches(dataset.lengths, size)
         batches[-1] = batches[-1] + padding
@@ -195,9 +201,8 @@ def stored_bytes(model, batch) -> int:
             stored[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens, labels, images = batch
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens, images, labels=labels)
+        loss = loss_of(model, batch)
     del loss
     return sum(stored.values())
 
@@ -205,7 +210,7 @@ def stored_bytes(model, batch) -> int:
 @pytest.mark.parametrize("stage, lora_rank", [(1, None), (2, None), (2, 2)])
 def test_recomputation_changes_memory_but_not_gradients(model, rows, stage, lora_rank):
     freeze(model, stage, lora_rank)
-    batch = collate(rows)
+    batch = collate(rows, model.config.image_token_id)
     before, expected = stored_bytes(model, batch), gradients(model, [batch])
     apply_gradient_checkpointing(model.language_model)
     recompute_swiglu(model.language_model)
@@ -216,7 +221,7 @@ def test_recomputation_changes_memory_but_not_gradients(model, rows, stage, lora
 def test_recomputation_works_in_compiled_blocks(model, rows, monkeypatch):
     # inductor takes minutes; this backend traces and partitions the graphs as inductor would
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    batch = collate(rows)
+    batch = collate(rows, model.config.image_token_id)
     expected = gradients(model, [batch])
     apply_gradient_checkpointing(model.language_model)
     recompute_swiglu(model.language_model)
@@ -234,14 +239,14 @@ def assert_equal_gradients(found, expected) -> None:
 
 def test_swiglu_stores_gate_and_up_but_not_their_product(model, rows):
     freeze(model, 2)
-    batch = collate(rows)
+    batch = collate(rows, model.config.image_token_id)
     before = stored_bytes(model, batch)
     recompute_swiglu(model.language_model)
-    tokens, config = batch[0], model.config.text
-    product = 4 * tokens.numel() * config.intermediate_size  # bytes of one block, in float32
+    config = model.config.text
+    product = 4 * batch.tokens.numel() * config.intermediate_size  # bytes of one block, in float32
     saved = before - stored_bytes(model, batch)
     # silu(gate) and silu(gate) * up of the first block; of the second only the targets' rows
-    targets = count_targets(batch[1])
+    targets = len(batch.target_positions)
     assert saved == 2 * (product + 4 * targets * config.intermediate_size)
 
 
@@ -249,6 +254,5 @@ def test_without_gradients_nothing_is_recomputed(model, rows, monkeypatch):
     apply_gradient_checkpointing(model.language_model)
     recompute_swiglu(model.language_model)
     monkeypatch.setattr("nanollava.training.checkpoint", None)
-    tokens, labels, images = collate(rows)
     with torch.no_grad():
-        model(tokens, images, labels=labels)
+        loss_of(model, collate(rows, model.config.image_token_id))

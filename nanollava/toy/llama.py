@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..benchmarks import scienceqa
 from ..chat import generate_replies
 from ..conversation import IMAGE_TOKEN, tokenize_conversation
-from ..data import collate
+from ..data import pad_right
 from ..infra.resume import Checkpoints
 from ..infra.run_log import Run
 from ..llama import Attention, Llama, LlamaConfig, apply_rotary_emb, rope_cos_sin
@@ -241,7 +241,7 @@ def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
             batches = [rows[first : first + batch_size]
                        for first in range(0, len(rows), batch_size)]
             rng.shuffle(batches)
-        tokens, labels, _ = collate([(tokens, labels, []) for tokens, labels, _ in batches[number]])
+        tokens, labels = pad_right([(tokens, labels) for tokens, labels, _ in batches[number]])
         words = [words for _, _, words in batches[number] if words]
         yield tokens, labels, words, random.Random(f"{seed} {step} forget")
 
