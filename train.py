@@ -73,14 +73,15 @@ def add_data_flags(add) -> None:
         help="LLaVA JSON files, or one folder of `prepare_data.py toy` (default: data/toy)")
     add("--images", type=Path, nargs="+", metavar="FOLDER",
         help="folder of the images: one for all files, or one for each")
-    add("--eval-data", type=Path, metavar="FILE", help="LLaVA JSON for validation: the loss is "
-        "logged at every checkpoint, and the best model kept in OUT/best")
+    add("--eval-data", type=Path, metavar="FILE", help="LLaVA JSON for validation, see "
+        "--save-every: its loss is logged, and the best model kept in OUT/best")
     add("--eval-images", type=Path, metavar="FOLDER", help="(default: the first of --images)")
     add("--max-length", type=positive,
         help="tokens of a row; the rest is cut off (default: 2048, or as many as the LLM reads)")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be trained on")
     add("--workers", type=in_range(0, 64), metavar="N",
-        help="processes that read images (default: 8, on a CPU 0)")
+        help="processes that read images, for each rank (default: its share of the cores, at most "
+        "8; on a CPU 0)")
 
 
 def add_training_flags(add) -> None:
@@ -107,7 +108,8 @@ def add_run_flags(add) -> None:
     add("--out", type=out_folder,
         help="folder (default: runs/toy/stage…, without --stage runs/toy)")
     add("--save-every", type=positive, metavar="N",
-        help="steps from one checkpoint to the next (default: 500; toy: 250)")
+        help="steps from one checkpoint to the next, and from one validation to the next (default: "
+        "a checkpoint every 30 minutes, a validation every 500 steps; toy: 250)")
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     add("--plan", choices=("7b", "13b"),
         help="only print what the paper's model of this size needs: memory, operations, hours")
@@ -232,20 +234,20 @@ def train_stage(settings: Settings) -> None:
     print0(f"stage {settings.stage}: {len(dataset)} rows, {epochs:.3g} epochs, {num_steps} steps "
            f"of {settings.batch_size} rows, learning rate {settings.lr:g}")
 
-    # 3. what is trained, on which device, in which dtype
-    prepare_model(model, settings)
-    optimizers = adamw(model, settings.lr)
-
-    # 4. train, from the last checkpoint if there is one
-    distributed.on_rank0(remove_leftovers, out)
-    checkpoints = Checkpoints(out / "resume", model, optimizers,
-                              run_identity(settings, dataset, num_steps))
-    run = Run(f"stage {settings.stage}", num_steps, checkpoints, out / "log.jsonl",
-              settings.save_every)
-    batches = load_batches(dataset, rows[run.start :], settings.micro_batch_size, settings.workers,
-                           settings.device)
-    validate = partial(validate_stage, model, val_set, tokenizer, settings) if val_set else None
     with explain_errors(dataset, rows):
+        # 3. what is trained, on which device, in which dtype
+        prepare_model(model, settings)
+        optimizers = adamw(model, settings.lr)
+
+        # 4. train, from the last checkpoint if there is one
+        distributed.on_rank0(remove_leftovers, out)
+        checkpoints = Checkpoints(out / "resume", model, optimizers,
+                                  run_identity(settings, dataset, num_steps))
+        run = Run(f"stage {settings.stage}", num_steps, checkpoints, out / "log.jsonl",
+                  settings.save_every, settings.validate_every)
+        batches = load_batches(dataset, rows[run.start :], settings.micro_batch_size,
+                               settings.workers, settings.device)
+        validate = partial(validate_stage, model, val_set, tokenizer, settings) if val_set else None
         train(run, model, batches, optimizers, forward_backward, validate)
 
     # 5. the result
@@ -378,7 +380,8 @@ def explain_errors(dataset: Conversations, rows: list[list[int]]):
                          f"{names}") from error
     except torch.OutOfMemoryError as error:
         raise InputError("out of GPU memory: lower --micro-batch-size, train without "
-                         "--no-gradient-checkpointing, and see --plan") from error
+                         "--no-gradient-checkpointing, on more GPUs or with --lora-rank, and see "
+                         "--plan") from error
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ batches, and less than an epoch of its toy world. This file does not import torc
 reports mistakes without delay.
 """
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,10 +16,8 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 TOY_RUN, TOY_DATA = Path("runs/toy"), Path("data/toy")
 TOY_IMAGE = ASSETS.with_name("cat.jpg")
 
-PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, save_every=500),
-         2: dict(epochs=3, batch_size=32, lr=2e-5, save_every=500)}
-TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3, save_every=250),
-       2: dict(epochs=3, batch_size=16, lr=4e-4, save_every=250)}
+PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3), 2: dict(epochs=3, batch_size=32, lr=2e-5)}
+TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3), 2: dict(epochs=3, batch_size=16, lr=4e-4)}
 TOY_WORLD_EPOCHS = {1: 0.4, 2: 0.5}
 MAX_LENGTH = 2048  # tokens of a row, if the LLM reads as many
 TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the defaults of TOY
@@ -78,7 +77,8 @@ class Settings:
     batch_size: int
     micro_batch_size: int | None
     lr: float
-    save_every: int
+    save_every: int | None  # None: by time, see run_log.SAVE_SECONDS
+    validate_every: int  # steps: save_every, or else 500 (toy: 250)
     seed: int
     device: str
     dtype: str | None
@@ -113,7 +113,8 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
     return Settings(**from_flags | choose_defaults(arguments, stage, is_toy, world_size) | dict(
         stage=stage, out=out, resume=resume, vision_tower=vision_tower, llm=llm, device=device,
         sources=sources, eval_sources=eval_sources(arguments, sources),
-        workers=(0 if device == "cpu" else 8) if arguments.workers is None else arguments.workers,
+        validate_every=arguments.save_every or (250 if is_toy else 500),
+        workers=default_workers(device) if arguments.workers is None else arguments.workers,
         max_length=choose_max_length(arguments.max_length, llm_config["max_position_embeddings"]),
         gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing)))
 
@@ -129,7 +130,7 @@ def read_llm_config(model: Path | None, vision_tower: Path, llm: Path) -> dict:
 
 
 def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dict:
-    """epochs, batch_size, lr and save_every: as typed, or the defaults."""
+    """epochs, batch_size and lr: as typed, or the defaults."""
     defaults = dict((TOY if is_toy else PAPER)[stage])
     if is_toy and is_toy_world(arguments):
         defaults["epochs"] = TOY_WORLD_EPOCHS[stage]
@@ -140,6 +141,17 @@ def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dic
         raise InputError(f"--batch-size {chosen['batch_size']} is not divisible by {world_size}, "
                          "the number of ranks, one for each GPU")
     return chosen
+
+
+def default_workers(device: str) -> int:
+    """Processes that read images for this rank: 0 on a CPU, which has no cores to spare, else up to
+    8, as many as its share of the cores."""
+    if device.startswith("cpu"):
+        return 0
+    # not every system has affinities; in a container they are the cores that it may use
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def find_toy_model() -> Path:

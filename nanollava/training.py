@@ -52,9 +52,10 @@ def train(run: Run, model: nn.Module, batches: Iterable, optimizers: list[torch.
             loss, num_tokens = compute_gradients(model, batch, device)
             # 3. scale the gradient to norm 1 if it is longer
             grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(weights, 1.0))
-            # 4. read the results, the only GPU sync of a step; a signal to one rank stops all
-            stop = distributed.all_reduce_sum(torch.full_like(loss, run.stop_requested))
-            loss, grad_norm, stop = torch.stack([loss, grad_norm, stop]).tolist()
+            # 4. read the results, the only GPU sync of a step; what one rank requests, all do
+            requests = torch.stack([torch.full_like(loss, flag) for flag in run.requests(step)])
+            results = [loss, grad_norm, *distributed.all_reduce_sum(requests)]
+            loss, grad_norm, save, stop = torch.stack(results).tolist()
             if not math.isfinite(loss + grad_norm):
                 raise DivergedError(run.label, step, loss, grad_norm)
             # 5. change the weights; a GPU does it while the CPU prepares the next batch
@@ -62,9 +63,10 @@ def train(run: Run, model: nn.Module, batches: Iterable, optimizers: list[torch.
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             # 6. validate, log and save
-            val_loss = validate(run.best_val_loss) if validate and run.is_due(step) else None
+            is_due = validate and run.validation_is_due(step)
+            val_loss = validate(run.best_val_loss) if is_due else None
             run.log(step, loss, lr, grad_norm, num_tokens, val_loss)
-            run.save(step, stop > 0)
+            run.save(step, save > 0, stop > 0)
 
 
 def learning_rate(step: int, num_steps: int, peak: float) -> float:

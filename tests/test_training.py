@@ -111,7 +111,7 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_weights_change():
     assert weight == 0
 
 
-def test_validation_runs_with_each_checkpoint_and_knows_the_best_loss(tmp_path):
+def test_validation_runs_every_few_steps_and_knows_the_best_loss(tmp_path):
     weight, best, losses = torch.nn.Parameter(torch.zeros(1)), [], iter([3.0, 1.0, 2.0])
 
     def validate(best_loss):
@@ -122,7 +122,7 @@ def test_validation_runs_with_each_checkpoint_and_knows_the_best_loss(tmp_path):
         weight.sum().backward()
         return weight.detach().sum(), 1
 
-    run = Run("test", 5, log_path=tmp_path / "log.jsonl", save_every=2)
+    run = Run("test", 5, log_path=tmp_path / "log.jsonl", validate_every=2)
     train(run, None, range(5), [torch.optim.SGD([weight], lr=1.0)], forward_backward, validate)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     measured = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}

@@ -9,13 +9,18 @@ import atexit
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from .cli import user_error
-from .device import best_device
 from .io import InputError
+
+
+# How long ranks wait for rank 0 while it checks images or writes a model: NCCL's own limit is 10
+# minutes. A rank that ends is noticed within a second all the same, by torchrun.
+TIMEOUT = timedelta(hours=6)
 
 
 def init_distributed(device: str) -> str:
@@ -24,6 +29,8 @@ def init_distributed(device: str) -> str:
     Raises InputError if WORLD_SIZE is set by something other than torchrun, or a GPU is missing.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        if device.startswith("cuda:"):  # or pinned memory would take up some of GPU 0
+            torch.cuda.set_device(device)
         return device
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
@@ -33,9 +40,18 @@ def init_distributed(device: str) -> str:
         raise InputError(f"--device {device}: torchrun gives each process a GPU of its own; give "
                          f"--device {device.partition(':')[0]}")
     if device.startswith("cuda"):
-        device = best_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        num_ranks, num_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if num_ranks > num_gpus:  # every rank finds out by itself: none waits for another
+            raise InputError(f"torchrun starts {num_ranks} processes here, and each needs a GPU of "
+                             f"its own, but there are {num_gpus}: give --nproc-per-node {num_gpus}")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # tensors on GPUs go through NCCL, Python objects through gloo: waiting for rank 0 then
+        # keeps no GPU busy
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT,
+                                device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
     return device
 

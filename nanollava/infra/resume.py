@@ -4,8 +4,9 @@
                                /run.json        the step, and the settings of the run
 
 torch.distributed.checkpoint writes the tensors: each rank its own slices, which any number of
-ranks can read. A checkpoint is written under a hidden name and renamed when it is complete; then
-the one before it is removed.
+ranks can read. It builds a file in memory before it writes it, so there are many files, each with a
+few tensors. A checkpoint is written under a hidden name and renamed when it is complete; then the
+one before it is removed.
 """
 
 import json
@@ -29,6 +30,7 @@ from .io import InputError
 from .json_io import read_json, write_json
 from .shapes import quote
 
+FILE_BYTES = 2**30  # of the tensors in a file, the slices of all ranks together; or one tensor
 NAME = re.compile(r"step-\d+|\.step-\d+\.part")  # of a checkpoint, complete or not
 IO_ERRORS = (OSError, SafetensorError, CheckpointException)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is normal
@@ -64,8 +66,9 @@ class Checkpoints:
         path, temp = self.folder / f"step-{step}", self.folder / f".step-{step}.part"
         try:
             distributed.on_rank0(self.begin_save, temp)
-            writer = HuggingFaceStorageWriter(str(temp), save_distributed=True)
-            dcp.save(self.state(), storage_writer=writer)
+            state = self.state()
+            writer = HuggingFaceStorageWriter(str(temp), assign_files(state), save_distributed=True)
+            dcp.save(state, storage_writer=writer)
             distributed.on_rank0(self.end_save, temp, path, step)
         except IO_ERRORS as error:
             if distributed.rank() == 0:
@@ -143,6 +146,17 @@ class Checkpoints:
         """Remove the checkpoints of a finished run, whose model has been written."""
         if distributed.rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def assign_files(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file in which each tensor is saved."""
+    files, number, num_bytes = {}, 1, 0
+    for name, tensor in state.items():
+        if num_bytes and num_bytes + tensor.nbytes > FILE_BYTES:
+            number, num_bytes = number + 1, 0
+        files[name] = number
+        num_bytes += tensor.nbytes
+    return files
 
 
 def check_same_settings(path: Path, settings: dict) -> None:

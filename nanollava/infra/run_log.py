@@ -14,6 +14,8 @@ from .json_io import read_jsonl
 from .progress import Progress, print0
 from .start import on_stop_signals
 
+SAVE_SECONDS = 1800  # from one checkpoint to the next: a 7B's takes a minute or two to write
+
 
 class Run:
     """Everything that a training loop does besides training.
@@ -22,15 +24,18 @@ class Run:
             for step, batch in run.enumerate(batches):
                 ...
                 run.log(step, loss, lr, grad_norm, num_tokens)
-                run.save(step, run.stop_requested)
+                run.save(step, *run.requests(step))
 
     `checkpoints` is a `resume.Checkpoints`. The run starts after the newest one, at `run.start`.
     Without checkpoints nothing is saved, and signals end the program as usual.
+    save_every: steps from one checkpoint to the next; None means every SAVE_SECONDS.
+    validate_every: steps from one validation to the next.
     """
 
     def __init__(self, label: str, num_steps: int, checkpoints=None, log_path: Path | None = None,
-                 save_every: int = 500):
-        self.label, self.num_steps, self.save_every = label, num_steps, save_every
+                 save_every: int | None = None, validate_every: int = 500):
+        self.label, self.num_steps = label, num_steps
+        self.save_every, self.validate_every = save_every, validate_every
         self.checkpoints, self.log_path = checkpoints, log_path
         self.start = checkpoints.load() if checkpoints else 0
         self.rows = read_log(log_path, self.start) if log_path else []  # logged before this start
@@ -46,7 +51,7 @@ class Run:
         if self.checkpoints:
             self.handlers.enter_context(on_stop_signals(self.on_signal))
         self.progress = Progress(self.label, self.num_steps, "steps", self.start)
-        self.start_time = self.step_end = time.monotonic()
+        self.start_time = self.step_end = self.last_save = time.monotonic()
         return self
 
     def __exit__(self, error_type, *_) -> None:
@@ -69,9 +74,17 @@ class Run:
             raise KeyboardInterrupt(signum)
         self.signals.append(signum)
 
-    @property
-    def stop_requested(self) -> bool:
-        return bool(self.signals)
+    def requests(self, step: int) -> tuple[bool, bool]:
+        """Whether this rank wants all ranks to save a checkpoint after this step, and to stop.
+
+        Clocks differ from rank to rank, so by time rank 0 alone decides. A checkpoint also follows
+        the last step.
+        """
+        if self.save_every:
+            save = (step + 1) % self.save_every == 0
+        else:
+            save = distributed.rank() == 0 and time.monotonic() - self.last_save >= SAVE_SECONDS
+        return save or step + 1 == self.num_steps, bool(self.signals)
 
     def enumerate(self, batches):
         """Yield (step, batch) for the steps that are left, and time the wait for each batch."""
@@ -79,9 +92,9 @@ class Run:
             self.data_time = time.monotonic() - self.step_end
             yield step, batch
 
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint follows this step: every `save_every` steps, and after the last."""
-        return (step + 1) % self.save_every == 0 or step + 1 == self.num_steps
+    def validation_is_due(self, step: int) -> bool:
+        """After every `validate_every` steps and the last: time must not change which is best."""
+        return (step + 1) % self.validate_every == 0 or step + 1 == self.num_steps
 
     def log(self, step: int, loss: float, lr: float, grad_norm: float, num_tokens: int,
             val_loss: float | None = None) -> None:
@@ -100,13 +113,14 @@ class Run:
         self.progress.update(step + 1, f"loss {self.mean_loss:.3f}")
         self.step_end = now
 
-    def save(self, step: int, stop: bool) -> None:
-        """Save a checkpoint if one is due; if the run stops, save one and end the program."""
-        if self.checkpoints and (self.is_due(step) or stop):
+    def save(self, step: int, save: bool, stop: bool) -> None:
+        """What the ranks requested: save a checkpoint; or save one and end the program."""
+        if self.checkpoints and (save or stop):
             if self.log_file:
                 os.fsync(self.log_file.fileno())  # a crash must not lose rows that are resumed from
             self.checkpoints.save(step + 1)
-            self.step_end = time.monotonic()  # saving is not part of the next step
+            # saving is not part of the next step
+            self.step_end = self.last_save = time.monotonic()
         if stop:
             print0(f"stopped after {step + 1} of {self.num_steps} steps; --resume continues there")
             signum = self.signals[0] if self.signals else signal.SIGTERM  # sent to another rank

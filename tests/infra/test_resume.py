@@ -221,7 +221,7 @@ def test_signal_saves_a_checkpoint_and_ends_the_program(model, tmp_path, name):
                 if step == 2:
                     os.kill(os.getpid(), signum)
                 run.log(step, 1.0, 1.0, 1.0, 1)
-                run.save(step, run.stop_requested)
+                run.save(step, *run.requests(step))
     assert exit.value.code == 128 + signum
     assert Run("test", 9, checkpoints).start == 3
 
