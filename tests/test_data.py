@@ -3,10 +3,12 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from nanollava.conversation import IGNORE_INDEX
 from nanollava.data import (
@@ -18,6 +20,7 @@ from nanollava.data import (
     length_grouped_batches,
     load_batches,
 )
+from nanollava.image import open_image, preprocess
 from nanollava.infra.io import InputError
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is there?"}
@@ -113,6 +116,16 @@ def test_dataset_holds_places_of_rows_not_rows(load):
     assert (many - few) / 1000 < 50 < len(json.dumps(ROW))
 
 
+def test_spawned_workers_give_the_same_batches(load, monkeypatch):
+    """As on macOS and with Python 3.14: workers get the dataset pickled."""
+    dataset = load([ROW, TEXT_ROW])
+    (expected,), = load_batches(dataset, [[0, 1]])
+    spawn = partial(DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr("nanollava.data.DataLoader", spawn)
+    (batch,), = load_batches(dataset, [[0, 1]], workers=1)
+    assert all(torch.equal(*tensors) for tensors in zip(batch, expected))
+
+
 def test_hash_of_sources_changes_with_rows_and_image_folder_but_not_with_their_place(tmp_path):
     paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
     for path, rows in zip(paths, ([TEXT_ROW], [TEXT_ROW], [TEXT_ROW] * 2)):
@@ -163,6 +176,22 @@ def test_collate_pads_on_the_right_without_labels(load, config):
     padding = (tokens[0] == 0).nonzero()[:, 0]
     assert len(padding) and padding[-1] == tokens.shape[1] - 1
     assert (labels[0, padding] == IGNORE_INDEX).all()
+
+
+def test_images_travel_as_bytes_and_become_the_pixels_of_preprocess(load, world, config):
+    batch = collate(list(load([ROW, TEXT_ROW])), config.image_token_id)
+    assert batch.images.dtype == torch.uint8
+    image = open_image(world / "images" / ROW["image"])
+    assert torch.equal(batch.to("cpu").images, preprocess(image, 32)[None])
+
+
+def test_batch_has_the_positions_of_image_tokens_and_targets(load, config):
+    batch = collate(list(load([TEXT_ROW, ROW])), config.image_token_id)
+    tokens, labels = batch.tokens.flatten(), batch.labels.flatten()
+    assert (tokens[batch.image_positions] == config.image_token_id).all()
+    assert len(batch.image_positions) == config.tokens_per_image
+    assert (labels[batch.target_positions] != IGNORE_INDEX).all()
+    assert len(batch.target_positions) == (labels != IGNORE_INDEX).sum()
 
 
 def test_collate_without_images_gives_none(load, config):

@@ -117,6 +117,15 @@ def test_number_of_steps(command, parts, world, flags, steps, epochs, lr):
     assert f"60 rows, {epochs:g} epochs, {steps} steps" in error
 
 
+@pytest.mark.parametrize("device, cores, ranks, workers", [
+    ("cuda:0", 64, 1, 8), ("cuda:0", 64, 8, 8), ("cuda:3", 24, 8, 3), ("cuda", 4, 8, 1),
+    ("mps", 6, 1, 6), ("cpu", 64, 1, 0)])
+def test_workers_share_the_cores_of_a_machine(monkeypatch, device, cores, ranks, workers):
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert settings.default_workers(device) == workers
+
+
 @pytest.mark.parametrize("width, stage, epochs, batch_size, lr", [
     (192, 1, 1, 8, 4e-3), (192, 2, 3, 16, 4e-4), (2048, 1, 1, 128, 2e-3), (2048, 2, 3, 32, 2e-5)])
 def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
@@ -213,6 +222,15 @@ def test_image_that_does_not_open_ends_training_or_is_skipped(command, parts, wo
     assert not Path("run").exists()
     code, _, error = command(*arguments, "--skip-bad")
     assert code == 0 and "1 of 60 training rows are left out" in error
+
+
+def test_model_that_does_not_fit_the_gpu_is_one_line(command, parts, world, monkeypatch):
+    def fill_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr("nanollava.infra.distributed.convert_weights", fill_memory)
+    code, _, error = command("train", "--stage", 1, *parts, "--data", world, "--out", "run")
+    assert code == 2 and "\nerror: out of GPU memory" in error and "Traceback" not in error
 
 
 def test_trained_model_is_not_overwritten(error_of, run_folder, world):

@@ -1,5 +1,7 @@
 """What one process can test; tests/infra/test_resume.py trains on several ranks."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -44,6 +46,50 @@ def test_torchrun_chooses_the_gpu_of_each_process(monkeypatch):
         monkeypatch.setenv(name, "1")
     with pytest.raises(InputError, match="--device cuda:1: torchrun gives each process a GPU"):
         distributed.init_distributed("cuda:1")
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """torchrun(local_ranks, gpus) -> what init_distributed gives to torch, on local rank 1."""
+
+    def run(local_ranks: int, gpus: int, device: str) -> tuple:
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, str(local_ranks))
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "1")
+        calls = []
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+        monkeypatch.setattr(distributed.dist, "init_process_group",
+                            lambda *args, **options: calls.append((*args, options)))
+        monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+        return distributed.init_distributed(device), calls
+
+    return run
+
+
+def test_objects_go_through_gloo_so_that_no_gpu_waits_for_rank_0(torchrun):
+    device, (chosen, (backend, options)) = torchrun(2, gpus=2, device="cuda")
+    assert device == chosen == "cuda:1" and options["device_id"] == torch.device("cuda:1")
+    # torch takes the CPU's backend for objects, if there is one (_get_object_coll_device)
+    assert set(backend.split(",")) == {"cpu:gloo", "cuda:nccl"}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_ranks_wait_for_rank_0_longer_than_it_writes_a_model_or_checks_images(torchrun, device):
+    _, calls = torchrun(2, gpus=2, device=device)
+    assert calls[-1][-1]["timeout"] > timedelta(hours=1)
+
+
+def test_more_processes_than_gpus_are_one_message(torchrun):
+    with pytest.raises(InputError, match="starts 8 processes .* 2: give --nproc-per-node 2"):
+        torchrun(8, gpus=2, device="cuda")
+
+
+def test_one_process_uses_the_named_gpu_alone(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert distributed.init_distributed("cuda:1") == "cuda:1" and chosen == ["cuda:1"]
 
 
 def test_on_rank0_reports_errors_of_files_as_input_errors():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from nanollava import Llava
+from nanollava.infra import resume, run_log
 from nanollava.infra.io import InputError
 from nanollava.infra.json_io import write_json
 from nanollava.infra.resume import Checkpoints
@@ -226,6 +228,28 @@ def test_signal_saves_a_checkpoint_and_ends_the_program(model, tmp_path, name):
     assert Run("test", 9, checkpoints).start == 3
 
 
+def test_checkpoints_are_saved_by_time_or_every_few_steps(model, tmp_path, monkeypatch):
+    def saved_steps(**options):
+        run = Run("test", 9, Checkpoints(tmp_path, model, [], {}), **options)
+        run.start, clock = 0, iter(range(0, 10**6, 10))  # every look at it is 10 seconds later
+        monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
+        with run:
+            due = []
+            for step in range(9):
+                save, stop = run.requests(step)
+                run.save(step, save, stop)
+                due += [step] if save else []
+        return due
+
+    assert saved_steps(save_every=4) == [3, 7, 8]  # the last one, too
+    monkeypatch.setattr(run_log, "SAVE_SECONDS", 30)
+    assert saved_steps() == [2, 5, 8]
+    # by time, rank 0 decides for all
+    monkeypatch.setattr(run_log.distributed, "rank", lambda: 1)
+    assert saved_steps() == [8]
+    assert saved_steps(save_every=4) == [3, 7, 8]
+
+
 def test_second_signal_interrupts_and_handlers_are_restored(model, tmp_path):
     checkpoints, before = Checkpoints(tmp_path, model, [], {}), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -313,6 +337,37 @@ def test_fresh_optimizers_get_the_state_of_a_checkpoint(model, tmp_path):
     assert Checkpoints(tmp_path, model, fresh, {}).load() == 1
     for weight, state in optimizers[0].state.items():
         assert all(torch.equal(value, fresh[0].state[weight][key]) for key, value in state.items())
+
+
+def test_saving_a_checkpoint_takes_a_fraction_of_its_memory(tmp_path, monkeypatch):
+    model = torch.nn.ModuleList(torch.nn.Linear(500, 500) for _ in range(10))
+    optimizers = adamw(model, 1e-3)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizers[0].step()
+    checkpoints = Checkpoints(tmp_path, model, optimizers, {})
+    num_bytes = sum(tensor.nbytes for tensor in checkpoints.state().values())
+    monkeypatch.setattr(resume, "FILE_BYTES", num_bytes // 15)
+    tracemalloc.start()  # sees the files that are built in memory, not the tensors
+    checkpoints.save(1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.2 * num_bytes
+    saved = {name: tensor.clone() for name, tensor in checkpoints.state().items()}
+    optimizers[0].step()
+    assert checkpoints.load() == 1
+    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoints.state().items())
+
+
+def test_checkpoint_in_one_file_of_an_older_version_is_loaded(model, tmp_path, monkeypatch):
+    optimizers = adamw(model, 1e-3)
+    take_step(model, optimizers)
+    checkpoints = Checkpoints(tmp_path, model, optimizers, {})
+    monkeypatch.setattr(resume, "FILE_BYTES", 10**12)
+    checkpoints.save(1)
+    assert len(list((tmp_path / "step-1").glob("*.safetensors"))) == 1
+    monkeypatch.setattr(resume, "FILE_BYTES", 1000)
+    assert checkpoints.load() == 1
 
 
 def test_checkpoint_of_another_run_or_model_is_refused(model, tmp_path):
