@@ -47,6 +47,8 @@ def parse_arguments():
         arguments.model = TOY_RUN / "stage1"
         # so that check_flags refuses --projector beside this default
         arguments.settings.add(f"--model {arguments.model}")
+    if arguments.plan:  # without --stage it plans both
+        arguments.settings.discard("--stage None")
     check_flags(arguments, NEEDS, CONFLICTS)
     return arguments
 
@@ -111,8 +113,9 @@ def add_run_flags(add) -> None:
         help="steps from one checkpoint to the next, and from one validation to the next (default: "
         "a checkpoint every 30 minutes, a validation every 500 steps; toy: 250)")
     add("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
-    add("--plan", choices=("7b", "13b"),
-        help="only print what the paper's model of this size needs: memory, operations, hours")
+    add("--plan", nargs="?", choices=("7b", "13b"), const=True, metavar="SIZE",
+        help="only print what training needs, memory, hours and disk, with the paper's data: for "
+        "the paper's model, 7b or 13b, or without SIZE for --model, or --vision-tower and --llm")
     add("--gpus", type=in_range(1, 65_536), default=8, help="of the --plan (default: 8)")
 
 
@@ -130,7 +133,7 @@ from nanollava.infra.device import best_device, best_dtype, compile_blocks, pick
 from nanollava.infra.json_io import write_json
 from nanollava.infra.resume import Checkpoints, check_same_settings
 from nanollava.infra.run_log import Run, read_log
-from nanollava.llava import Llava
+from nanollava.llava import Llava, LlavaConfig
 from nanollava.plan import SIZES, plan
 from nanollava.tokenizer import Tokenizer, open_tokenizer
 from nanollava.tour import PROMPT, write_tour
@@ -139,7 +142,7 @@ from nanollava.toy.score import evaluate_run
 from nanollava.toy.stage0 import evaluate_parts, train_parts
 from nanollava.training import (DivergedError, adamw, apply_gradient_checkpointing,
                                 forward_backward, freeze, mean_loss, recompute_swiglu, train)
-from nanollava.weights import safetensors_io
+from nanollava.weights import hf_config, safetensors_io
 
 
 def main(arguments) -> None:
@@ -191,14 +194,25 @@ def make_toy_parts(arguments, device: str) -> None:
 
 
 def print_plan(arguments) -> None:
-    """What the paper's stages need."""
-    size = SIZES[arguments.plan]
-    max_length = choose_max_length(arguments.max_length, size.text.max_position_embeddings)
-    check_max_length(max_length, size.tokens_per_image)
+    """What the stages need, for a model of the paper or one in folders, with the paper's data."""
+    model, vision_tower, llm = arguments.model, arguments.vision_tower, arguments.llm
+    if arguments.plan in SIZES:
+        config, name = SIZES[arguments.plan], arguments.plan
+    elif model:
+        config, name = hf_config.read_config(model, LlavaConfig.from_json), model
+    elif vision_tower and llm:
+        config = LlavaConfig.from_parts(vision_tower, llm, arguments.projector,
+                                        arguments.feature_layer)
+        name = f"{vision_tower} and {llm}"
+    else:
+        raise InputError("--plan of which model? Name a size, 7b or 13b, or its folders: --model, "
+                         "or both --vision-tower and --llm")
+    max_length = choose_max_length(arguments.max_length, config.text.max_position_embeddings)
+    check_max_length(max_length, config.tokens_per_image)
     for stage in [arguments.stage] if arguments.stage else [1, 2]:
         chosen = choose_defaults(arguments, stage, False, arguments.gpus)
-        print(f"stage {stage}, {arguments.plan}")
-        print(plan(size, stage, arguments.gpus, chosen["batch_size"], chosen["epochs"],
+        print(f"stage {stage}, {name}")
+        print(plan(config, stage, arguments.gpus, chosen["batch_size"], chosen["epochs"],
                    arguments.micro_batch_size, arguments.lora_rank, max_length,
                    not arguments.no_gradient_checkpointing))
 

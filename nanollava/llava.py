@@ -81,6 +81,14 @@ class LlavaConfig:
         vision, text = VisionConfig(**fields["vision"]), LlamaConfig(**fields["text"])
         return cls(**fields | {"vision": vision, "text": text})
 
+    @classmethod
+    def from_parts(cls, vision_folder, llm_folder, projector="linear", feature_layer=-2,
+                   template="vicuna_v1") -> "LlavaConfig":
+        """Of a LLaVA that joins a CLIP folder and a LLaMA folder."""
+        vision = VisionConfig(**hf_config.read_config(vision_folder, hf_config.vision_config))
+        text = LlamaConfig(**hf_config.read_config(llm_folder, hf_config.text_config))
+        return cls(vision, text, projector, feature_layer, text.vocab_size, template)
+
     @property
     def image_size(self) -> int:
         return self.vision.image_size
@@ -246,15 +254,13 @@ class Llava(nn.Module):
     def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1",
                    feature_layer=-2, dtype=torch.float32, device="cpu") -> "Llava":
         """Join a CLIP folder and a LLaMA folder with a fresh projector."""
-        vision = VisionConfig(**hf_config.read_config(vision_folder, hf_config.vision_config))
-        text = LlamaConfig(**hf_config.read_config(llm_folder, hf_config.text_config))
-        config = LlavaConfig(vision, text, projector, feature_layer, image_token_id=text.vocab_size,
-                             template=template)
+        config = LlavaConfig.from_parts(vision_folder, llm_folder, projector, feature_layer,
+                                        template)
         with torch.device("meta"):
             model = cls(config)
         hf_format.load_vision_tower(model.vision_tower, vision_folder, dtype, device)
         hf_format.load_llama(model.language_model, llm_folder, dtype, device)
-        fresh = PROJECTORS[projector](vision, text.hidden_size)
+        fresh = PROJECTORS[projector](config.vision, config.text.hidden_size)
         model.multi_modal_projector = fresh.to(device, dtype)
         return model
 

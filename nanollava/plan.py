@@ -1,13 +1,16 @@
 """What a training stage needs, before you rent the machine: `python train.py --plan 7b`.
 
 The numbers are counted, not measured: parameters from the sizes of the networks, memory from the
-tensors that a step stores, operations from its matrix products. The tests compare the counts with
-PyTorch's profiler on a small model.
+tensors that a step stores, operations from its matrix products, communication from the weights that
+fully_shard gathers. The tests compare the counts with PyTorch's profiler on a small model.
 """
+
+import math
 
 import torch
 import torch.nn as nn
 
+from .infra.resume import FILE_BYTES
 from .llama import LlamaConfig
 from .llava import Llava, LlavaConfig
 from .training import freeze
@@ -23,6 +26,11 @@ TEXT_TOKENS = {1: 70, 2: 350}  # text tokens of an average row, about
 TARGETS = {1: 20, 2: 250}  # those of them with a label
 A100_FLOPS = 312e12  # an A100's peak rate in bfloat16, operations per second
 UTILIZATION = 0.4  # the share of it that training reaches
+# Bytes per second that each of 8 GPUs gets from the others: an A100's NVLink reaches two thirds of
+# its 300 GB/s (https://github.com/NVIDIA/nccl-tests/issues/149); half of PCIe 4.0 x16 is assumed.
+NVLINK, PCIE = 200e9, 16e9
+CARDS = (24, 40, 80)  # GiB of GPUs
+CUDA_GIB = 1  # of its context, and what the allocator loses
 
 
 def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:
@@ -97,6 +105,17 @@ def gradients_and_activations(model: Llava, rows: int, tokens: int, targets: int
     return max(start, end)
 
 
+def communication(model: Llava, gpus: int, size: int = 2) -> float:
+    """Bytes that each GPU gets from the others in a micro-batch.
+
+    fully_shard gathers all weights in the compute dtype of `size` bytes before they are used, those
+    of the LLM's blocks once more for the backward pass, and scatters float32 gradients.
+    """
+    weights = count_parameters(model) + count_parameters(model.language_model.model.layers)
+    gradients = count_parameters(model, trainable_only=True)
+    return (size * weights + 4 * gradients) * (gpus - 1) / gpus
+
+
 def step_flops(model: Llava, rows: int, tokens: int, targets: int,
                gradient_checkpointing: bool = False) -> float:
     """Floating-point operations of a training step on `rows` rows with an image each."""
@@ -140,26 +159,68 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
     """What a stage with the paper's data needs on `gpus` A100s, as text."""
     with torch.device("meta"):  # shapes without memory
         model = Llava(config)
+        num_parameters = count_parameters(model)  # of the result, without LoRA's
         freeze(model, stage, lora_rank)
     share = batch_size // gpus
     rows = min(micro_batch_size or share, share)
     image_tokens, text_tokens, targets = config.tokens_per_image, TEXT_TOKENS[stage], TARGETS[stage]
     average = min(max_length, image_tokens + text_tokens)
     longest = min(max_length, image_tokens + 4 * text_tokens)  # memory must fit long rows too
-    parts = step_memory(model, rows, longest, min(longest - image_tokens, 4 * targets), gpus,
-                        gradient_checkpointing=gradient_checkpointing)
+
+    def memory(rows: int) -> dict[str, float]:
+        return step_memory(model, rows, longest, min(longest - image_tokens, 4 * targets), gpus,
+                           gradient_checkpointing=gradient_checkpointing)
+
     flops = step_flops(model, batch_size, average, targets, gradient_checkpointing)
-    steps = round(epochs * ROWS[stage] / batch_size)
-    hours = steps * flops / (gpus * A100_FLOPS * UTILIZATION) / 3600
+    seconds = flops / (gpus * A100_FLOPS * UTILIZATION)
+    num_bytes = math.ceil(share / rows) * communication(model, gpus)
+    # communication and computation overlap: the slower one counts
+    num_steps = round(epochs * ROWS[stage] / batch_size)
+    hours, pcie_hours = (num_steps * max(seconds, num_bytes / rate) / 3600
+                         for rate in (NVLINK, PCIE))
+    over_pcie = f" ({pcie_hours:.1f} over PCIe)" if pcie_hours > hours else ""
+    parts = memory(rows)
     return "\n".join([
         f"parameters      {count_parameters(model) / 1e9:.2f} billion, "
         f"{count_parameters(model, trainable_only=True) / 1e6:,.1f} million of them trainable",
-        f"memory per GPU  {sum(parts.values()) / 2**30:.1f} GiB, and about 1 for CUDA, with {rows} "
-        f"rows at a time of up to {longest} tokens:",
-        *(f"                {num_bytes / 2**30:6.1f} GiB  {name}"
-          for name, num_bytes in parts.items()),
+        f"memory per GPU  {sum(parts.values()) / 2**30:.1f} GiB, and about {CUDA_GIB} for CUDA, "
+        f"with {rows} rows at a time of up to {longest} tokens:",
+        *(f"                {part / 2**30:6.1f} GiB  {name}" for name, part in parts.items()),
+        f"fits            {'; '.join(what_fits(memory, card, share) for card in CARDS)}",
         f"compute         {flops / 1e12:,.0f} TFLOP per step of {batch_size} rows with {average} "
         f"tokens on average, {image_tokens} of them of the image",
-        f"time            {hours:.1f} hours for {steps:,} steps on {gpus} GPU{'s' * (gpus > 1)}, "
-        f"at {UTILIZATION:.0%} of an A100's {A100_FLOPS / 1e12:.0f} TFLOP/s",
+        *describe_communication(num_bytes, seconds),
+        *describe_files(count_parameters(model, trainable_only=True), num_parameters),
+        f"time            {hours:.1f} hours{over_pcie} for {num_steps:,} steps on {gpus} "
+        f"GPU{'s' * (gpus > 1)}, at {UTILIZATION:.0%} of an A100's {A100_FLOPS / 1e12:.0f} TFLOP/s",
     ])
+
+
+def what_fits(memory, card: int, share: int) -> str:
+    """The largest micro-batch of up to `share` rows on a GPU of `card` GiB; memory(rows) -> parts.
+    """
+    room = (card - CUDA_GIB) * 2**30
+    fitting = [rows for rows in range(1, share + 1) if sum(memory(rows).values()) <= room]
+    return f"{card} GB: " + (f"{max(fitting)} rows at a time" if fitting else "nothing")
+
+
+def describe_communication(num_bytes: float, seconds: float) -> list[str]:
+    """A line about the bytes that a GPU gets in a step of `seconds`; none for one GPU."""
+    if not num_bytes:
+        return []
+    return [f"communication   {num_bytes / 1e9:,.1f} GB to each GPU per step: "
+            f"{num_bytes / NVLINK:.2f} seconds over NVLink, {num_bytes / PCIE:.2f} over PCIe, "
+            f"during {seconds:.2f} seconds of computation"]
+
+
+def describe_files(trainable: int, num_parameters: int) -> list[str]:
+    """Lines about what is written, and the memory of the host that it takes."""
+    checkpoint = 3 * 4 * trainable  # weights and AdamW's two moments, in float32
+    # of one file at a time, the tensors are copied from the GPUs, and the file is built from those
+    host = 2 * min(checkpoint, FILE_BYTES)
+    size = 2 * num_parameters
+    return [
+        f"checkpoint      {checkpoint / 1e9:,.1f} GB on the disk, twice that while the next one is "
+        f"written, which takes {host / 1e9:,.1f} GB of host memory",
+        f"result          {size / 1e9:,.1f} GB on the disk, and of host memory when it is written",
+    ]

@@ -40,10 +40,11 @@ NO_EFFECT = {
     "--stage None": (
         "the toy run trains a new model on a toy world", "--model --images --eval-data"),
     "--plan": (
-        "a plan opens no files and trains nothing",
-        "--vision-tower --llm --model --projector --template --feature-layer --data --eval-data "
-        "--workers --max-steps --lr --seed --dtype --device --compile --out --save-every "
-        "--resume --skip-bad"),
+        "a plan is for the paper's data and trains nothing",
+        "--template --data --eval-data --workers --max-steps --lr --seed --dtype --device "
+        "--compile --out --save-every --resume --skip-bad"),
+    "--plan 7b": ("it names a model", "--vision-tower --llm --model --projector --feature-layer"),
+    "--plan 13b": ("it names a model", "--vision-tower --llm --model --projector --feature-layer"),
     "--model": (
         "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
     f"--model {TOY_RUN / 'stage1'}": (  # the default of stage 2, see train.parse_arguments

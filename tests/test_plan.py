@@ -1,18 +1,29 @@
 """The plan compared with a real step of a small model: bytes as PyTorch's profiler counts them,
 operations as its FlopCounterMode does."""
 
+import re
 from itertools import accumulate
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanollava import Llava
 from nanollava.infra import distributed
 from nanollava.llama import LlamaConfig
 from nanollava.llava import LlavaConfig
-from nanollava.plan import SIZES, count_parameters, plan, step_flops, step_memory
+from nanollava.plan import (
+    SIZES,
+    communication,
+    count_parameters,
+    plan,
+    step_flops,
+    step_memory,
+)
 from nanollava.training import adamw, apply_gradient_checkpointing, freeze, recompute_swiglu
 from nanollava.vision import VisionConfig
 
@@ -88,6 +99,34 @@ def test_plan_is_within_15_percent_of_bytes_and_5_percent_of_flops(stage, checkp
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of the full tensors that are gathered and scattered."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.c10d._allgather_base_.default,
+                    torch.ops.c10d._reduce_scatter_base_.default):
+            self.num_bytes += max(arg.nbytes for arg in args if isinstance(arg, torch.Tensor))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stage, lora_rank", [(1, None), (2, None), (2, 8)])
+def test_plan_counts_the_communication_of_fully_shard(stage, lora_rank):
+    """In a pretended world of 8: nothing is sent, but fully_shard asks for it."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        model = small_llava()
+        freeze(model, stage, lora_rank)
+        counted = communication(model, 8, size=4)
+        distributed.shard_model(model, model.language_model.model.layers, torch.float32, "cpu")
+        with Collectives() as sent:
+            training_step(model, [])()
+    finally:
+        dist.destroy_process_group()
+    assert counted == pytest.approx(7 / 8 * sent.num_bytes, rel=0.01)
+
+
 def test_sizes_are_the_papers():
     with torch.device("meta"):
         small, large = Llava(SIZES["7b"]), Llava(SIZES["13b"])
@@ -102,3 +141,33 @@ def test_plan_prints_memory_and_time():
     for part in ("4.2 million of them trainable", "GiB  optimizer", "for 4,651 steps on 8 GPUs"):
         assert part in text
     assert plan(SIZES["7b"], 1, 8, 128, 1, micro_batch_size=4) != text
+
+
+def planned(pattern: str, *arguments, **options) -> float:
+    """A number of the plan of a 7B's stage 2."""
+    text = plan(SIZES["7b"], 2, *arguments, **options)
+    return float(re.search(pattern, text)[1])
+
+
+def test_more_micro_batches_communicate_more_and_take_longer_over_pcie():
+    for pattern in (r"communication +(\S+) GB", r"\((\S+) over PCIe"):
+        one, two, four = (planned(pattern, 8, 32, 3, micro_batch_size=rows) for rows in (4, 2, 1))
+        assert (two, four) == (pytest.approx(2 * one, rel=0.01), pytest.approx(4 * one, rel=0.01))
+    assert "communication" not in plan(SIZES["7b"], 2, gpus=1, batch_size=32, epochs=3)
+
+
+def test_checkpoint_holds_weights_and_moments_and_needs_little_memory_of_the_host():
+    assert planned(r"checkpoint +(\S+) GB on the disk", 8, 32, 3) == 80.9  # 12 x 6.74 billion
+    assert planned(r"takes (\S+) GB of host memory", 8, 32, 3) < 3
+    lora = dict(lora_rank=128, micro_batch_size=2)
+    assert planned(r"checkpoint +(\S+) GB on the disk", 1, 32, 3, **lora) == 3.9
+    assert planned(r"result +(\S+) GB", 1, 32, 3, **lora) == planned(r"result +(\S+) GB", 8, 32, 3)
+
+
+def test_plan_says_what_fits_a_card():
+    assert "fits            24 GB: nothing" in plan(SIZES["7b"], 2, 1, 32, 3)
+    rows = int(planned(r"24 GB: (\d+) rows", 1, 32, 3, lora_rank=128))
+    for micro_batch_size, fits in ((rows, True), (rows + 1, False)):
+        memory = planned(r"memory per GPU +(\S+) GiB", 1, 32, 3, lora_rank=128,
+                         micro_batch_size=micro_batch_size)
+        assert (memory <= 23) == fits

@@ -173,7 +173,11 @@ def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
     (["--stage", 3], ["--stage"]),
     (["--lr", "0"], ["--lr"]),
     (["--plan", "7b", "--gpus", 3], ["--batch-size 128", "by 3, the number of ranks"]),
-    (["--plan"], ["--plan"]),
+    (["--plan"], ["--plan of which model?", "7b or 13b", "--model"]),
+    (["--plan", "--llm", "a"], ["--plan of which model?", "both --vision-tower and --llm"]),
+    (["--plan", "--model", "nowhere"], ["nowhere"]),
+    (["--plan", "70b"], ["--plan", "70b"]),
+    (["--plan", "7b", "--model", "a"], ["--model has no effect with --plan 7b"]),
 ])
 def test_mistake_is_one_line(error_of, world, arguments, words):
     Path("world").symlink_to(world)
