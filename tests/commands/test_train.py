@@ -17,7 +17,9 @@ from nanollava.infra.io import LOCK
 from nanollava.infra.json_io import read_json, write_json
 from nanollava.infra.run_log import read_log
 from nanollava.llama import Block, Llama
+from nanollava.plan import SIZES
 from nanollava.settings import CONFLICTS, NEEDS, Settings, resolve_settings
+from nanollava.weights import hf_config
 
 
 def test_stage_1_trains_the_projector_and_stage_2_also_the_language_model(command, parts, world):
@@ -400,6 +402,22 @@ def test_each_flag_that_is_accepted_changes_the_plan(mode, command, values):
         if not refused_by_table(words):
             code, other, _ = command("train", *words)
             assert code == 0 and other != plan, words
+
+
+def test_plan_reads_the_sizes_of_a_model_from_its_folders(command, parts, run_folder):
+    size = SIZES["7b"]
+    clip, llama = hf_config.clip_json(vars(size.vision)), hf_config.llama_json(vars(size.text))
+    for folder, config in (("clip-7b", clip), ("llama-7b", llama)):
+        Path(folder).mkdir()
+        write_json(f"{folder}/config.json", config)
+    _, expected, _ = command("train", "--plan", "7b")
+    _, found, _ = command("train", "--plan", "--vision-tower", "clip-7b", "--llm", "llama-7b")
+    assert found == expected.replace(", 7b", ", clip-7b and llama-7b")
+    _, found, _ = command("train", "--plan", "--vision-tower", "clip-7b", "--llm", "llama-7b",
+                          "--projector", "mlp2x_gelu", "--feature-layer", -1)
+    assert "21.0 million of them trainable" in found
+    _, found, _ = command("train", "--plan", "--model", run_folder)
+    assert found.startswith(f"stage 1, {run_folder}") and f"stage 2, {run_folder}" in found
 
 
 @pytest.mark.parametrize("words, message", [
