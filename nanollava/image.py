@@ -17,9 +17,6 @@ from .infra.io import InputError, check_regular_file
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
-# (pixel / 255 - MEAN) / STD for the 256 values of a pixel, (3, 256): a lookup beats arithmetic,
-# and has the same bits on every device
-NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - np.float32([MEAN]).T) / np.float32([STD]).T
 
 
 def preprocess(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
@@ -52,13 +49,15 @@ def resize_and_crop(image: Image.Image, size: int = 224, pad: bool = False) -> t
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """The second half: uint8 pixels (..., 3, H, W) to float32, on the device where they are."""
-    channels = torch.arange(3, device=pixels.device)[:, None, None]
-    return normalized_values(pixels.device)[channels, pixels.long()]
+    largest, mean, std = constants(pixels.device)
+    return (pixels.float() / largest - mean) / std
 
 
-@functools.cache
-def normalized_values(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(NORMALIZED).to(device)
+@functools.cache  # copying to a GPU would wait for it
+def constants(device: torch.device) -> list[torch.Tensor]:
+    """255, MEAN and STD, (3, 1, 1) each. As tensors: a GPU divides by numbers less exactly."""
+    return [torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(device)
+            for values in ((255, 255, 255), MEAN, STD)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from nanollava.data import Conversations, collate, load_batches
-from nanollava.image import normalized_values
+from nanollava.image import constants
 from nanollava.training import forward_backward, freeze, mean_loss
 from tests.gpu import GpuTensor, PretendedGpu
 
@@ -42,7 +42,7 @@ def batches(model, tokenizer, world):
 @pytest.fixture
 def gpu():
     with Gpu() as gpu, torch.autograd.set_multithreading_enabled(False):
-        normalized_values(GPU)  # is copied once in a run
+        constants(GPU)  # are copied once in a run
         gpu.uploads.clear()
         yield gpu
 
