@@ -197,8 +197,7 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
 
 
 def what_fits(memory, card: int, share: int) -> str:
-    """The largest micro-batch of up to `share` rows on a GPU of `card` GiB; memory(rows) -> parts.
-    """
+    """The largest micro-batch, up to `share` rows, on a GPU of `card` GiB. memory: of rows."""
     room = (card - CUDA_GIB) * 2**30
     fitting = [rows for rows in range(1, share + 1) if sum(memory(rows).values()) <= room]
     return f"{card} GB: " + (f"{max(fitting)} rows at a time" if fitting else "nothing")

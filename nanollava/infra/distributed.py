@@ -32,7 +32,8 @@ def init_distributed(device: str) -> str:
         if device.startswith("cuda:"):  # or pinned memory would take up some of GPU 0
             torch.cuda.set_device(device)
         return device
-    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    missing = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    missing -= os.environ.keys()
     if missing:
         raise InputError(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several "
                          "processes with torchrun")

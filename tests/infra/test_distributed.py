@@ -42,7 +42,8 @@ def test_world_size_without_torchrun_is_refused(monkeypatch):
 
 
 def test_torchrun_chooses_the_gpu_of_each_process(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(InputError, match="--device cuda:1: torchrun gives each process a GPU"):
         distributed.init_distributed("cuda:1")
