@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from .conversation import IGNORE_INDEX, tokenize_conversation
 from .data_checks import check_row, check_sources, format_errors, row_name
-from .image import open_image, preprocess
+from .image import open_image
 from .infra import distributed
 from .infra.io import InputError, file_version, hash_file, path_inside
 from .infra.json_io import read_json_item
@@ -68,8 +68,7 @@ class Conversations(torch.utils.data.Dataset):
         # 2. each `<image>` becomes tokens_per_image image tokens
         tokens, labels = self.tokenize(turns)
         # 3. pixels, one image for each `<image>`
-        images = [preprocess(open_image(path_inside(folder, file)), self.config.image_size)
-                  for file in files]
+        images = [self.config.preprocess(open_image(path_inside(folder, file))) for file in files]
         return tokens[: self.max_length], labels[: self.max_length], images
 
     def tokenize(self, turns: list[dict]) -> tuple[list[int], list[int]]:

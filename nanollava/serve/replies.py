@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from ..chat import ChatCache, TooLongError, Usage, stream_reply
-from ..image import decode_image, preprocess
+from ..image import decode_image
 from ..llava import Llava
 from ..patch_words import near_cosine, nearest_words
 from ..tokenizer import Tokenizer
@@ -62,4 +62,4 @@ class Replies:
     def read_image(self, file: bytes, number: int) -> torch.Tensor:
         """Pixels (3, H, W)."""
         image = decode_image(io.BytesIO(file), f"image {number}")
-        return preprocess(image, self.model.config.image_size)
+        return self.model.config.preprocess(image)
