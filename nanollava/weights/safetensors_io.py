@@ -42,7 +42,8 @@ def shard_paths(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         reason = without_weights(folder.glob("*"))
-        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}" + f": {reason}" * bool(reason))
+        message = f"{folder} has neither {SINGLE} nor {INDEX}"
+        raise InputError(f"{message}: {reason}" if reason else message)
     files = set(read_json(index, {"weight_map": {str: str}})["weight_map"].values())
     paths = sorted(Path(path_inside(folder, file)) for file in files)
     for path in paths:
