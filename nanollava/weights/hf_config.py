@@ -170,10 +170,10 @@ def llava_config(raw: dict, tower: dict | None = None) -> dict:
     `projector` is a name; whether this version has such a projector is not checked here.
     tower: the fields of --vision-tower, for the layout of the original code.
     """
-    if "mm_vision_tower" in raw:
+    if is_original(raw):
         return original_config(raw, tower)
     if tower is not None:
-        raise InputError("--vision-tower has no effect on this LLaVA: it has its own")
+        raise InputError("--vision-tower has no effect on this LLaVA, which has its own")
     check_fields(raw, LLAVA_SHAPE)
     check_supported(raw, "model_type", ("llava", "nanollava"))
     check_supported(raw, "multimodal_projector_bias", (True,), True)
@@ -191,6 +191,11 @@ def llava_config(raw: dict, tower: dict | None = None) -> dict:
         feature_layer=feature_layer(raw, "vision_feature_layer", vision["num_hidden_layers"]),
         image_token_id=image_token_id, template=own.get("template", "vicuna_v1"),
         image_aspect_ratio=own.get("image_aspect_ratio", "square"), stage=own.get("stage", 2))
+
+
+def is_original(raw: dict) -> bool:
+    """Whether a config.json is of the original code. Its mm_* fields may be left in another's."""
+    return "mm_vision_tower" in raw and "text_config" not in raw
 
 
 def original_config(raw: dict, tower: dict | None) -> dict:

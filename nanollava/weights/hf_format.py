@@ -14,9 +14,10 @@ import torch
 
 from ..infra.io import InputError, atomic_write
 from ..infra.json_io import write_json
+from ..infra.shapes import quote
 from ..tokenizer import Tokenizer
 from . import processor
-from .hf_config import ORIGINAL_TOWERS, llava_json, read_config, tower_name
+from .hf_config import ORIGINAL_TOWERS, is_original, llava_json, read_config, tower_name
 from .safetensors_io import load_strict, read_tensors, write_tensors
 
 # ---------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def load_llava(module, folder, dtype, device, vision_tower=None) -> None:
     """A LLaVA folder, ours or a public one, into a Llava. vision_tower: a CLIP folder, for a LLaVA
     of the original code without one inside."""
     tensors, config = read_tensors(folder, llava_name), module.config
-    if name := read_config(folder, lambda raw: raw.get("mm_vision_tower")):
+    if name := read_config(folder, lambda raw: is_original(raw) and raw["mm_vision_tower"]):
         complete_original(tensors, folder, name, vision_tower)
     if config.projector == "linear":
         drop_identity(tensors, folder)
@@ -156,7 +157,7 @@ def complete_original(tensors: dict[str, torch.Tensor], folder, name: str, visio
         if vision_tower and tower_name(name) in ORIGINAL_TOWERS:
             raise InputError(f"--vision-tower has no effect on {folder}: its weights include one")
     elif vision_tower is None:
-        raise InputError(f"{folder} does not hold its vision tower, {name}: give the folder of "
+        raise InputError(f"{folder} does not hold its vision tower, {quote(name)}: give the folder of "
                          "this CLIP with --vision-tower (`python prepare_data.py weights` "
                          "downloads it)")
     else:

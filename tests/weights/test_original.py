@@ -105,8 +105,8 @@ def test_vision_tower_inside_the_weights(model, clip, tmp_path, monkeypatch):
 def test_vision_tower_is_missing_or_another(original, clip, model, monkeypatch):
     vision = vars(model.config.vision)
     monkeypatch.setitem(hf_config.ORIGINAL_TOWERS, "clip-tiny", vision)
-    with pytest.raises(InputError, match="original does not hold its vision tower, openai/clip-tiny"
-                                         ": give the folder of this CLIP with --vision-tower"):
+    with pytest.raises(InputError, match="original does not hold its vision tower, 'openai/clip-tiny"
+                                         "': give the folder of this CLIP with --vision-tower"):
         Llava.from_pretrained(original)
     monkeypatch.setitem(hf_config.ORIGINAL_TOWERS, "clip-tiny", vision | {"image_size": 64})
     with pytest.raises(InputError, match="its vision tower is 'openai/clip-tiny', not "
@@ -119,6 +119,11 @@ def test_vision_tower_is_missing_or_another(original, clip, model, monkeypatch):
 def test_public_layout_needs_no_vision_tower(folder, clip):
     with pytest.raises(InputError, match="config.json: --vision-tower has no effect on this LLaVA"):
         Llava.from_pretrained(folder, vision_tower=clip)
+
+
+def test_fields_of_the_original_code_may_be_left_in_the_public_layout(folder, change_config, model):
+    change_config({"mm_vision_tower": "openai/clip", "image_aspect_ratio": "anyres"})
+    assert Llava.from_pretrained(folder).config == model.config
 
 
 @pytest.mark.parametrize("change, message", [
