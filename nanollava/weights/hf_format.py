@@ -157,8 +157,8 @@ def complete_original(tensors: dict[str, torch.Tensor], folder, name: str, visio
         if vision_tower and tower_name(name) in ORIGINAL_TOWERS:
             raise InputError(f"--vision-tower has no effect on {folder}: its weights include one")
     elif vision_tower is None:
-        raise InputError(f"{folder} does not hold its vision tower, {quote(name)}: give the folder of "
-                         "this CLIP with --vision-tower (`python prepare_data.py weights` "
+        raise InputError(f"{folder} does not hold its vision tower, {quote(name)}: give the folder "
+                         "of this CLIP with --vision-tower (`python prepare_data.py weights` "
                          "downloads it)")
     else:
         tower = read_tensors(vision_tower, clip_name)
