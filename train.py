@@ -168,7 +168,8 @@ def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
     folder = arguments.out or TOY_RUN
     data = arguments.data[0] if arguments.data else TOY_DATA
     run_stage(replace(stage1, out=folder / "stage1"))
-    run_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1"))
+    run_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1", vision_tower=None,
+                      llm=None))
     if distributed.rank() == 0:
         write_tour(folder / "stage2", TOY_IMAGE, PROMPT, folder / "tour.html",
                    device=stage2.device)
