@@ -18,7 +18,7 @@ from nanollava.conversation import IMAGE_TOKEN
 from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
-from nanollava.settings import find_toy_model
+from nanollava.settings import add_model_flags, find_toy_model
 
 GREEDY = "--temperature 0.0"  # the default
 NO_SAMPLING = "it always takes the likeliest token; set a higher --temperature to sample"
@@ -32,7 +32,7 @@ def parse_arguments():
         help="image file; several are shown in this order")
     add("--prompt", action="append",
         help="question; several make a conversation (default: questions from standard input)")
-    add("--model", type=Path, help="folder of a LLaVA (default: runs/toy/stage2)")
+    add_model_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--temperature", type=in_range(0.001, 100.0, 0), default=0.0,
         help="0 takes the likeliest token, 1 samples from the model's distribution (default: 0)")
     add("--top-p", type=in_range(0.0, 1.0), default=1.0,
@@ -40,9 +40,6 @@ def parse_arguments():
     add("--max-new-tokens", type=in_range(1, 1_000_000), default=512,
         help="maximum length of a reply (default: %(default)s)")
     add("--seed", type=seed, help="random seed of sampling")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
     add("--compile", action="store_true", help="compile the blocks: faster after some minutes")
     arguments = parser.parse_args()
     check_flags(arguments, {}, CONFLICTS)
@@ -61,14 +58,15 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import torch
 
 from nanollava.chat import ChatCache, open_llava, stream_reply
-from nanollava.image import open_image, preprocess
+from nanollava.image import open_image
 from nanollava.infra.device import compile_blocks
 
 
 def main(arguments) -> None:
     files = [open_image(path) for path in arguments.image]
     folder = arguments.model or find_toy_model()
-    model, tokenizer = open_llava(folder, arguments.dtype, arguments.device)
+    model, tokenizer = open_llava(folder, arguments.dtype, arguments.device,
+                                  arguments.vision_tower)
     if arguments.compile:
         compile_blocks(model)
     if model.config.stage == 1:
@@ -76,7 +74,7 @@ def main(arguments) -> None:
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
 
-    images = [preprocess(file, model.config.image_size) for file in files]  # (3, H, W) each
+    images = [model.config.preprocess(file) for file in files]  # (3, H, W) each
     turns, cache = [], ChatCache(model)
     for question in arguments.prompt or read_questions():
         if not turns:  # the images come before the first question

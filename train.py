@@ -57,9 +57,10 @@ def add_model_flags(add) -> None:
     add("--stage", type=int, choices=(0, 1, 2),
         help="0 makes the toy CLIP and LLaMA (default: stages 1 and 2 of the toy run, if missing)")
     add("--small-llm", action="store_true", help="stage 0: a smaller LLaMA, for the ablations")
-    add("--vision-tower", type=Path, help="folder of a CLIP (default: assets/toy-clip)")
+    add("--vision-tower", type=Path, help="folder of a CLIP (default: assets/toy-clip); with "
+        "--model, for one of the original LLaVA code that lacks its own")
     add("--llm", type=Path, help="folder of a LLaMA (default: assets/toy-llama)")
-    add("--model", type=Path, help="folder of a LLaVA to continue from, instead of the two above "
+    add("--model", type=Path, help="folder of a LLaVA to continue from, instead of a new one "
         "(default for stage 2: runs/toy/stage1)")
     add("--projector", default="linear", metavar="TYPE",
         help="of a new LLaVA: linear (default, the paper's) or mlp2x_gelu (LLaVA-1.5's)")
@@ -172,7 +173,8 @@ def run_toy(arguments, stage1: Settings, stage2: Settings) -> None:
     folder = arguments.out or TOY_RUN
     data = arguments.data[0] if arguments.data else TOY_DATA
     run_stage(replace(stage1, out=folder / "stage1"))
-    run_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1"))
+    run_stage(replace(stage2, out=folder / "stage2", model=folder / "stage1", vision_tower=None,
+                      llm=None))
     if distributed.rank() == 0:
         write_tour(folder / "stage2", TOY_IMAGE, PROMPT, folder / "tour.html",
                    device=stage2.device)
@@ -199,7 +201,8 @@ def print_plan(arguments) -> None:
     if arguments.plan in SIZES:
         config, name = SIZES[arguments.plan], arguments.plan
     elif model:
-        config, name = hf_config.read_config(model, LlavaConfig.from_json), model
+        config = hf_config.read_llava_config(model, LlavaConfig.from_json, vision_tower)
+        name = model
     elif vision_tower and llm:
         config = LlavaConfig.from_parts(vision_tower, llm, arguments.projector,
                                         arguments.feature_layer)
@@ -272,7 +275,8 @@ def train_stage(settings: Settings) -> None:
 
 def open_model(settings: Settings) -> tuple[Llava, Tokenizer]:
     if settings.model:
-        model = Llava.from_pretrained(settings.model, dtype=None)
+        model = Llava.from_pretrained(settings.model, dtype=None,
+                                      vision_tower=settings.vision_tower)
     else:
         model = Llava.from_parts(settings.vision_tower, settings.llm, settings.projector,
                                  feature_layer=settings.feature_layer, dtype=None)
@@ -318,7 +322,7 @@ def prepare_model(model: Llava, settings: Settings) -> None:
 
 def run_settings(settings: Settings) -> dict:
     """The settings on which the result depends, as JSON values; the content of files as hashes."""
-    start = [settings.model] if settings.model else [settings.vision_tower, settings.llm]
+    start = filter(None, (settings.model, settings.vision_tower, settings.llm))
     names = ("stage", "projector", "feature_layer", "template", "lora_rank", "max_length",
              "skip_bad", "epochs", "max_steps", "batch_size", "lr", "seed")
     return {name: getattr(settings, name) for name in names} | dict(

@@ -23,16 +23,18 @@ from .llava import Llava
 from .tokenizer import Tokenizer, open_tokenizer
 
 
-def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Llava, Tokenizer]:
+def open_llava(folder: Path, dtype: str | None, device: str | None,
+               vision_tower: Path | None = None) -> tuple[Llava, Tokenizer]:
     """A LLaVA with weights in `dtype` ("bfloat16") on the device, and its tokenizer.
 
-    None is the fastest dtype or device. Raises InputError if there is no such device.
+    None is the fastest dtype or device. vision_tower: as in `Llava.from_pretrained`.
+    Raises InputError if there is no such device.
     On a CPU, weights that would fill more than half of the memory stay in their memory-mapped file,
     in the file's dtype; each layer converts its weights when it runs.
     """
     device = best_device(device)
     dtype = best_dtype(device, dtype)
-    model = Llava.from_pretrained(folder, dtype=None)
+    model = Llava.from_pretrained(folder, dtype=None, vision_tower=vision_tower)
     tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
     num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from .conversation import IGNORE_INDEX, tokenize_conversation
 from .data_checks import check_row, check_sources, format_errors, row_name
-from .image import normalize, open_image, resize_and_crop
+from .image import normalize, open_image
 from .infra import distributed
 from .infra.device import to_device
 from .infra.io import InputError, file_version, hash_file, path_inside
@@ -73,7 +73,7 @@ class Conversations(torch.utils.data.Dataset):
         # 2. each `<image>` becomes tokens_per_image image tokens
         tokens, labels = self.tokenize(turns)
         # 3. pixels, one image for each `<image>`
-        images = [resize_and_crop(open_image(path_inside(folder, file)), self.config.image_size)
+        images = [self.config.resize_and_crop(open_image(path_inside(folder, file)))
                   for file in files]
         return tokens[: self.max_length], labels[: self.max_length], images
 

@@ -26,17 +26,20 @@ from .infra.io import InputError, check_not_input, check_writable, locked_folder
 from .infra.json_io import read_json, read_json_list, read_jsonl, write_json
 from .infra.shapes import quote
 from .infra.progress import print0, progress
+from .settings import add_model_flags, add_vision_tower
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
 
 # Modules that import torch are imported inside the commands, so that --help answers without delay.
 
-MODEL_FLAGS = dict.fromkeys(("--batch-size", "--dtype", "--device"), ("--model",))
+TOWER_FLAG = {"--vision-tower": ("--model",)}
+MODEL_FLAGS = TOWER_FLAG | dict.fromkeys(("--batch-size", "--dtype", "--device"), ("--model",))
 CHAT_FLAGS = dict.fromkeys(("--gpt", "--base-url", "--workers", "--max-reply-tokens"),
                            ("--ensemble",))
 # By command, the flags that would be silently ignored: `check_flags` refuses them.
-NEEDS = {"scienceqa": MODEL_FLAGS | CHAT_FLAGS, "bench": MODEL_FLAGS | {"--images": ("--model",)}}
+NEEDS = {"scienceqa": MODEL_FLAGS | CHAT_FLAGS, "bench": MODEL_FLAGS | {"--images": ("--model",)},
+         "toy": TOWER_FLAG}
 CONFLICTS = {"toy": {("--run", "--model"): "--model is evaluated without the controls of a run"}}
 
 
@@ -65,6 +68,7 @@ def add_toy_arguments(add) -> None:
     add("--run", type=Path, default=Path("runs/toy"),
         help="folder with stage1/ and stage2/ (default: %(default)s)")
     add("--model", type=Path, help="evaluate this model alone, without the controls")
+    add_vision_tower(add)
     add("--data", type=Path, default=Path("data/toy"),
         help="folder of `prepare_data.py toy` (default: %(default)s)")
     add("--limit", type=positive, help="ask only the first N questions")
@@ -82,7 +86,8 @@ def evaluate_toy(arguments) -> tuple[str, dict]:
     device = best_device(arguments.device)
     if arguments.model:
         rows = read_test(arguments.data)[: arguments.limit]
-        model = Llava.from_pretrained(arguments.model, device=device)
+        model = Llava.from_pretrained(arguments.model, device=device,
+                                      vision_tower=arguments.vision_tower)
         predictions = answer_rows(model, open_tokenizer(arguments.model, model.config), rows,
                                   arguments.data / "images", "answers")
         columns = {"model": accuracy(rows, predictions)}
@@ -143,14 +148,12 @@ def evaluate_ablations(arguments) -> tuple[str, dict]:
 
 
 def add_report_arguments(add) -> None:
-    add("--model", type=Path, required=True,
-        help="folder written by train.py; report.html is written to it")
+    add_model_flags(add, required=True,
+                    help="folder written by train.py; report.html is written to it")
     add("--data", type=Path, required=True,
         help="LLaVA JSON; the first question of each row is asked")
     add("--images", type=Path, required=True, help="folder of the images")
     add("--limit", type=positive, default=24, help="number of rows (default: %(default)s)")
-    add_dtype(add)
-    add_device(add)
 
 
 def evaluate_report(arguments) -> tuple[str, None]:
@@ -158,12 +161,13 @@ def evaluate_report(arguments) -> tuple[str, None]:
     from .benchmarks.report import Exchange, write_report
     from .chat import open_llava, stream_reply
     from .data_checks import check_row
-    from .image import open_image, preprocess
+    from .image import open_image
     from .infra.run_log import read_log
 
     path = arguments.model / "report.html"
     check_writable(path)
-    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device,
+                                  arguments.vision_tower)
     cards = []
     rows = list(islice(read_json_list(arguments.data), arguments.limit))
     for number, row in enumerate(progress(rows, "answers", "rows")):
@@ -174,7 +178,7 @@ def evaluate_report(arguments) -> tuple[str, None]:
             raise InputError(f"{arguments.data}, row {number}: {error}") from error
         question, answer = turns[0]["value"], turns[1]["value"]
         paths = paths[: question.count(IMAGE_TOKEN)]
-        images = [preprocess(open_image(path), model.config.image_size) for path in paths]
+        images = [model.config.preprocess(open_image(path)) for path in paths]
         reply = "".join(stream_reply(model, tokenizer, turns[:1], images))
         cards.append((paths[0] if paths else None, [Exchange(question, reply, answer)]))
     curves = {"Training": read_log(arguments.model / "log.jsonl")}
@@ -273,21 +277,14 @@ def add_device(add) -> None:
     add("--device", help="cuda, mps or cpu (default: the fastest available)")
 
 
-def add_dtype(add) -> None:
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights (default: bfloat16 where it is fast)")
-
-
 def add_answers(add, default: str) -> None:
     """Arguments for replies that are made here or read from a file."""
-    add("--model", type=Path, help="folder of the LLaVA that answers")
+    add_model_flags(add, help="folder of the LLaVA that answers")
     add("--answers", type=Path,
         help="JSONL of question_id and text to read; with --model, missing answers are added to it "
              f"(default with --model: MODEL/{default})")
     add("--batch-size", type=in_range(1, 65_536), default=16,
         help="questions per batch (default: %(default)s)")
-    add_dtype(add)
-    add_device(add)
 
 
 def add_chat(add) -> None:
@@ -312,9 +309,11 @@ def collect_answers(arguments, questions: dict, default: str) -> dict[str, str]:
         return read_answers(arguments.answers, questions)
     path = arguments.answers or arguments.model / default
     check_writable(path)
-    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device,
+                                  arguments.vision_tower)
+    folders = filter(None, (arguments.model, arguments.vision_tower))
     return answer_all(model, tokenizer, questions, path, arguments.batch_size,
-                      fingerprint(arguments.model))
+                      " ".join(map(fingerprint, folders)))
 
 
 def ask_all(job: Job, arguments) -> dict:

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 from .conversation import IGNORE_INDEX
+from .image import normalize, resize_and_crop
 from .infra import distributed
 from .infra.device import to_device
 from .infra.io import InputError
@@ -67,6 +69,7 @@ class LlavaConfig:
     feature_layer: int = -2  # the ViT block that is read, counted from the end
     image_token_id: int = 32000
     template: str = "vicuna_v1"
+    image_aspect_ratio: str = "square"  # an image is cropped; "pad": it is padded, as in LLaVA-1.5
     stage: int = 0  # the last stage of training that this model went through
 
     def __post_init__(self):
@@ -75,9 +78,9 @@ class LlavaConfig:
                 f"projector {self.projector!r} is unknown, only {', '.join(PROJECTORS)} are known")
 
     @classmethod
-    def from_json(cls, raw: dict) -> "LlavaConfig":
-        """From the content of a config.json."""
-        fields = hf_config.llava_config(raw)
+    def from_json(cls, raw: dict, tower: dict | None = None) -> "LlavaConfig":
+        """From the content of a config.json; `tower` as in `hf_config.llava_config`."""
+        fields = hf_config.llava_config(raw, tower)
         vision, text = VisionConfig(**fields["vision"]), LlamaConfig(**fields["text"])
         return cls(**fields | {"vision": vision, "text": text})
 
@@ -96,6 +99,14 @@ class LlavaConfig:
     @property
     def tokens_per_image(self) -> int:
         return PROJECTORS[self.projector].tokens_per_image(self.vision)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """The normalized pixels (3, H, W) that the model sees of an image."""
+        return normalize(self.resize_and_crop(image))
+
+    def resize_and_crop(self, image: Image.Image) -> torch.Tensor:
+        """The same pixels before they are normalized, as uint8."""
+        return resize_and_crop(image, self.image_size, pad=self.image_aspect_ratio == "pad")
 
 
 class Llava(nn.Module):
@@ -239,15 +250,18 @@ class Llava(nn.Module):
     # Loading and saving: the layouts themselves are in weights/
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llava":
-        """Open a LLaVA folder: one of ours, or the public Hugging Face layout.
+    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu",
+                        vision_tower: str | Path | None = None) -> "Llava":
+        """Open a LLaVA folder: one of ours, of llava-hf, or of the original LLaVA code.
 
-        dtype None keeps the dtype of the files. Raises InputError, naming the folder.
+        dtype: None keeps the dtype of the files.
+        vision_tower: a CLIP folder, for a LLaVA of the original code that does not hold its own.
+        Raises InputError, naming the folder.
         """
-        config = hf_config.read_config(folder, LlavaConfig.from_json)
+        config = hf_config.read_llava_config(folder, LlavaConfig.from_json, vision_tower)
         with torch.device("meta"):  # shapes without memory; the file's tensors take their places
             model = cls(config)
-        hf_format.load_llava(model, folder, dtype, device)
+        hf_format.load_llava(model, folder, dtype, device, vision_tower)
         return model
 
     @classmethod

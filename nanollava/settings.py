@@ -45,8 +45,7 @@ NO_EFFECT = {
         "--compile --out --save-every --resume --skip-bad"),
     "--plan 7b": ("it names a model", "--vision-tower --llm --model --projector --feature-layer"),
     "--plan 13b": ("it names a model", "--vision-tower --llm --model --projector --feature-layer"),
-    "--model": (
-        "a LLaVA has its own", "--vision-tower --llm --projector --feature-layer"),
+    "--model": ("a LLaVA has its own", "--llm --projector --feature-layer"),
     f"--model {TOY_RUN / 'stage1'}": (  # the default of stage 2, see train.parse_arguments
         "stage 2 continues with the one of stage 1", "--projector --feature-layer"),
 }
@@ -62,8 +61,8 @@ class Settings:
     out: Path
     resume: bool
     model: Path | None  # the LLaVA to continue from; None: join vision_tower and llm
-    vision_tower: Path
-    llm: Path
+    vision_tower: Path | None  # with a model: for one that does not hold its own
+    llm: Path | None  # None with a model
     projector: str
     feature_layer: int
     template: str | None
@@ -99,8 +98,9 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
     out = arguments.out or TOY_RUN / f"stage{stage}"
     check_out(out, resume)
     sources = data_sources(arguments, stage)
-    vision_tower = arguments.vision_tower or ASSETS / "toy-clip"
-    llm = arguments.llm or ASSETS / "toy-llama"
+    vision_tower, llm = arguments.vision_tower, arguments.llm
+    if not arguments.model:
+        vision_tower, llm = vision_tower or ASSETS / "toy-clip", llm or ASSETS / "toy-llama"
     llm_config = read_llm_config(arguments.model, vision_tower, llm)
     is_toy = llm_config["hidden_size"] < TOY_WIDTH
     if not is_toy and not arguments.data:
@@ -120,14 +120,14 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
         gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing)))
 
 
-def read_llm_config(model: Path | None, vision_tower: Path, llm: Path) -> dict:
+def read_llm_config(model: Path | None, vision_tower: Path | None, llm: Path | None) -> dict:
     """The fields of the language model's config. Raises InputError if a model folder is missing."""
     if model is None:
         hf_config.read_config(vision_tower, hf_config.vision_config)
         return hf_config.read_config(llm, hf_config.text_config)
     if not (model / "config.json").is_file():
         raise InputError(f"no model at {model}: train one with --stage 1, or give another --model")
-    return hf_config.read_config(model, hf_config.llava_config)["text"]
+    return hf_config.read_llava_config(model, hf_config.llava_config, vision_tower)["text"]
 
 
 def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dict:
@@ -153,6 +153,20 @@ def default_workers(device: str) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def add_model_flags(add, **options) -> None:
+    """The arguments of `chat.open_llava`. options: of the first one, --model."""
+    add("--model", type=Path, **options)
+    add_vision_tower(add)
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the weights and the computation (default: bfloat16 where it is fast)")
+    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+
+
+def add_vision_tower(add) -> None:
+    add("--vision-tower", type=Path,
+        help="folder of the CLIP, for a --model of the original LLaVA code that lacks its own")
 
 
 def find_toy_model() -> Path:

@@ -30,7 +30,7 @@ from .conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
 from .infra.cli import Parser, in_range, one_line_errors, out_file
 from .infra.io import InputError, atomic_write
 from .infra.progress import print0
-from .settings import TOY_IMAGE, find_toy_model
+from .settings import TOY_IMAGE, add_model_flags, find_toy_model
 
 PROMPT = "Describe the picture briefly."
 
@@ -38,16 +38,13 @@ PROMPT = "Describe the picture briefly."
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.tour")
     add = parser.add_argument
-    add("--model", type=Path, help="folder of a LLaVA (default: runs/toy/stage2)")
+    add_model_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--image", type=Path, default=TOY_IMAGE, help="image file (default: cat.jpg)")
     add("--prompt", default=PROMPT, help="question (default: %(default)s)")
     add("--out", type=out_file, default=Path("tour.html"),
         help="page to write (default: %(default)s)")
     add("--max-new-tokens", type=in_range(1, 128), default=48,
         help="maximum length of the answer (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
     arguments = parser.parse_args()
     if not arguments.prompt.strip():
         raise InputError("--prompt is empty")
@@ -79,7 +76,8 @@ PAGE = Path(__file__).with_name("tour_page.html")
 def main(arguments) -> None:
     folder = arguments.model or find_toy_model()
     tour = write_tour(folder, arguments.image, arguments.prompt, arguments.out,
-                      arguments.max_new_tokens, arguments.dtype, arguments.device)
+                      arguments.max_new_tokens, arguments.dtype, arguments.device,
+                      arguments.vision_tower)
     print(f'{arguments.image} and "{arguments.prompt}" on their way through {folder}\n')
     print(format_steps(tour.steps))
     print("\nThe words that are nearest to each patch after the projector; · is no near word:\n")
@@ -89,10 +87,11 @@ def main(arguments) -> None:
 
 
 def write_tour(folder: Path, image_path: Path, prompt: str, out: Path, max_new_tokens: int = 48,
-               dtype: str | None = None, device: str | None = None) -> "Tour":
+               dtype: str | None = None, device: str | None = None,
+               vision_tower: Path | None = None) -> "Tour":
     """Take the tour through the model in `folder` and write its page to `out`."""
     image = open_image(image_path)
-    model, tokenizer = open_llava(folder, dtype, device)
+    model, tokenizer = open_llava(folder, dtype, device, vision_tower)
     tour = take_tour(model, tokenizer, image, prompt, max_new_tokens)
     views = compare_projectors(model, tokenizer, tour.pixels, folder)
     name = "/".join(folder.resolve().parts[-2:])
@@ -145,7 +144,7 @@ def take_tour(model: Llava, tokenizer: Tokenizer, image: Image.Image, prompt: st
         raise InputError(f"an image has {config.tokens_per_image} tokens in this model: the tour "
                          "shows only square grids")
     # 1. the image becomes pixels, and the model answers
-    pixels = preprocess(image, config.image_size)  # (3, H, W)
+    pixels = config.preprocess(image)  # (3, H, W)
     turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\n{prompt}"}]
     answer = "".join(stream_reply(model, tokenizer, turns, [pixels], max_new_tokens))
     # 2. question and answer become a row, as in training
@@ -203,6 +202,7 @@ def list_steps(model: Llava, outputs: dict, pixels: torch.Tensor, row: torch.Ten
     vision, num_blocks = config.vision, len(tower.encoder.layers)
     blocks = tower.encoder.layers[: num_blocks + 1 + config.feature_layer]  # those that run
     patches = (1, vision.num_patches, vision.hidden_size)
+    square = "padded, resized" if config.image_aspect_ratio == "pad" else "resized, cropped"
 
     def step(what: str, result, code, meaning: str) -> Step:
         """result: a tensor, or a module that ran. code: the function or module that made it."""
@@ -216,7 +216,7 @@ def list_steps(model: Llava, outputs: dict, pixels: torch.Tensor, row: torch.Ten
 
     embeddings = tower.embeddings
     return [
-        step("pixels", pixels, preprocess, "the image, resized, cropped and normalized"),
+        step("pixels", pixels, preprocess, f"the image, {square} and normalized"),
         ran("patches", embeddings.patch_embedding, f"each {vision.patch_size} x "
             f"{vision.patch_size} pixels become a vector, by one matrix"),
         ran("+ positions", embeddings, "a class token in front; a position added to each vector"),

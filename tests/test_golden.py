@@ -14,6 +14,7 @@ from nanollava import Llava
 from nanollava.image import open_image, preprocess
 from nanollava.llama import Llama, LlamaConfig
 from nanollava.weights import hf_config, hf_format, safetensors_io
+from tests.conftest import save_original
 
 GOLDEN = Path(__file__).parent / "golden"
 VALUES = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "values.npz").items()}
@@ -96,6 +97,17 @@ def test_saved_files_are_still_the_same(tmp_path, monkeypatch, folder, dtype, sh
         assert all(torch.equal(again[name], golden[name]) for name in golden)
     for path in (GOLDEN / folder).glob("*.json"):
         assert (tmp_path / path.name).read_text() == path.read_text()
+
+
+def test_layout_of_the_original_code_computes_the_same(llava, tmp_path):
+    """The same weights under the names of the original code, with the vision tower elsewhere."""
+    folder = save_original(tmp_path / "original", llava)
+    model = Llava.from_pretrained(folder, vision_tower=GOLDEN / "clip-vision")
+    tokens = VALUES["llava two tokens"][None]
+    is_image = tokens == llava.config.image_token_id
+    tokens = tokens.masked_fill(is_image, model.config.image_token_id)  # past the vocabulary
+    logits = model(tokens, load_images("flat.png", "upright.png"))[0]
+    assert_same(logits, VALUES["llava two logits"])
 
 
 @pytest.mark.parametrize("clip", ["clip", "clip-vision"])

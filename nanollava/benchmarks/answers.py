@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..chat import TooLongError, generate_replies, tokenize_prompts
-from ..image import open_image, preprocess
+from ..image import open_image
 from ..infra.io import hash_file, reading
 from ..infra.json_io import read_jsonl
 from ..infra.jsonl import JsonlFile
@@ -89,7 +89,7 @@ def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], p
 
 
 def answer_batch(model, tokenizer, questions: list[tuple[str, list[Path]]]) -> list[str]:
-    images = [preprocess(open_image(path), model.config.image_size)
+    images = [model.config.preprocess(open_image(path))
               for _, paths in questions for path in paths]
     return generate_replies(model, tokenizer, [one_turn(text) for text, _ in questions],
                             torch.stack(images) if images else None, max_new_tokens=512)

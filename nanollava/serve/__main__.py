@@ -21,7 +21,7 @@ from ..infra.cli import Parser, in_range, one_line_errors
 from ..infra.http import read_api_key
 from ..infra.io import InputError
 from ..infra.progress import print0
-from ..settings import find_toy_model
+from ..settings import add_model_flags, find_toy_model
 
 KEY = "NANOLLAVA_API_KEY"
 
@@ -29,7 +29,7 @@ KEY = "NANOLLAVA_API_KEY"
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.serve")
     add = parser.add_argument
-    add("--model", type=Path, help="folder of a LLaVA (default: runs/toy/stage2)")
+    add_model_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--host", default="127.0.0.1",
         help="address to listen at; 0.0.0.0 also accepts other machines and needs a key in "
         f"{KEY} (default: %(default)s, this machine alone)")
@@ -39,9 +39,6 @@ def parse_arguments():
         help="memory for the conversations that are kept (default: %(default)s)")
     add("--max-waiting", type=in_range(0, 100), default=32,
         help="requests that may wait; more are refused (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
     add("--compile", action="store_true", help="compile the blocks: faster after some minutes")
     arguments = parser.parse_args()
     try:
@@ -69,7 +66,8 @@ from .server import Server
 def main(arguments) -> None:
     Image.MAX_IMAGE_PIXELS = 2**25  # Pillow refuses images of more than twice as many
     folder = arguments.model or find_toy_model()
-    model, tokenizer = open_llava(folder, arguments.dtype, arguments.device)
+    model, tokenizer = open_llava(folder, arguments.dtype, arguments.device,
+                                  arguments.vision_tower)
     if arguments.compile:
         compile_blocks(model)
     replies = Replies(model, tokenizer, folder.resolve().name, int(arguments.cache_gib * 2**30))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from ..chat import ChatCache, TooLongError, Usage, stream_reply
-from ..image import decode_image, preprocess
+from ..image import decode_image
 from ..llava import Llava
 from ..patch_words import near_cosine, nearest_words
 from ..tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class Replies:
     @torch.no_grad()
     def patch_words(self, file: bytes) -> Iterator[dict]:
         """Yield one object: the grid's side, the words with their cosines of each patch, row by
-        row, and the cosine above which a word is near."""
+        row, the cosine above which a word is near, and whether the image was padded."""
         side = math.isqrt(self.model.config.tokens_per_image)
         if side * side != self.model.config.tokens_per_image:
             raise RequestError(400, "this model's image tokens are not a square grid of patches")
@@ -57,9 +57,10 @@ class Replies:
         features = self.model.encode_images(pixels)[0]  # (P, D)
         words = nearest_words(self.model, self.tokenizer, features)
         yield {"side": side, "near": near_cosine(self.model, self.tokenizer, pixels),
+               "padded": self.model.config.image_aspect_ratio == "pad",
                "words": [[[word, round(cosine, 3)] for word, cosine in row] for row in words]}
 
     def read_image(self, file: bytes, number: int) -> torch.Tensor:
         """Pixels (3, H, W)."""
         image = decode_image(io.BytesIO(file), f"image {number}")
-        return preprocess(image, self.model.config.image_size)
+        return self.model.config.preprocess(image)

@@ -248,7 +248,7 @@ def save_clip(clip: Clip, folder: Path) -> None:
             "model_type": "clip_text_model", "hidden_act": "quick_gelu",
             **{key: getattr(TEXT_CONFIG, key) for key in sizes},
             "vocab_size": clip.end_of_text + 1, "max_position_embeddings": MAX_CAPTION_LENGTH,
-            "eos_token_id": clip.end_of_text},
+            "bos_token_id": None, "eos_token_id": clip.end_of_text},
     }
     tensors = {name: tensor.bfloat16() for name, tensor in clip.state_dict().items()}
     made = processor.clip_files(clip.tokenizer, VISION_CONFIG.image_size, MAX_CAPTION_LENGTH)

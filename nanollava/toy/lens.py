@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..image import preprocess
 from ..infra.cli import format_table
 from ..infra.io import InputError
 from ..infra.progress import progress
@@ -105,7 +104,7 @@ def score_words(model: Llava, owner: Llava, projector, tokenizer: Tokenizer,
     place; percent of the empty patches whose five nearest words contain a kind."""
     results = {name: [] for name in (*ATTRIBUTES, EMPTY)}
     for things, boxes, image in examples:
-        pixels = preprocess(image, model.config.image_size)[None]
+        pixels = model.config.preprocess(image)[None]
         found = nearest_words(owner, tokenizer, projector(view_patches(model, pixels, layer))[0])
         touched, truth = touched_patches(boxes), things_on_patches(things, boxes)
         for patch, (row, thing) in enumerate(zip(found, truth, strict=True)):

@@ -12,7 +12,7 @@ import torch
 
 from ..benchmarks.report import Exchange, write_report
 from ..chat import generate_replies
-from ..image import open_image, preprocess
+from ..image import open_image
 from ..infra.io import InputError, path_inside
 from ..infra.json_io import read_json
 from ..infra.progress import Progress
@@ -74,8 +74,7 @@ def encode_files(model: Llava, files: list[str], images: Path,
     features = {}
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
-        pixels = [preprocess(open_image(path_inside(images, file)), model.config.image_size)
-                  for file in batch]
+        pixels = [model.config.preprocess(open_image(path_inside(images, file))) for file in batch]
         features.update(zip(batch, model.encode_images(torch.stack(pixels))))
     return features
 

@@ -2,10 +2,14 @@
 
 transformers leaves out what equals its default, so the defaults here are those of transformers.
 What nanollava does not implement (another activation, scaled rotary angles, biases) is refused.
+A LLaVA of the original code (https://github.com/haotian-liu/LLaVA), the layout of most fine-tunes,
+has another config.json: a LLaMA's with fields mm_* in it, and only the name of its vision tower.
 
 `*_config` turn a config.json into the fields of a config dataclass; `*_json` are the way back.
 """
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from ..conversation import TEMPLATES
@@ -30,13 +34,24 @@ ROPE_SHAPE = {"rope_theta?": THETA, "rope_type?": str, "type?": str}
 LLAMA_SHAPE = {f"{key}?": SIZE for key in LLAMA_DEFAULTS} | {
     "num_hidden_layers?": range(1, 1000), "rms_norm_eps?": EPS, "rope_theta?": THETA,
     "tie_word_embeddings?": bool, "rope_scaling?": ROPE_SHAPE, "rope_parameters?": ROPE_SHAPE}
-NANOLLAVA_SHAPE = {"vocab_size?": SIZE, "template?": str, "projector?": str, "stage?": range(3)}
+NANOLLAVA_SHAPE = {"vocab_size?": SIZE, "template?": str, "projector?": str, "stage?": range(3),
+                   "image_aspect_ratio?": str}
 LLAVA_SHAPE = {
     "vision_config?": CLIP_SHAPE, "text_config?": LLAMA_SHAPE, "nanollava?": NANOLLAVA_SHAPE,
     "image_token_id?": SIZE, "image_token_index?": SIZE, "tie_word_embeddings?": bool,
     "projector_hidden_act?": str, "vision_feature_layer?": int}
 PROJECTOR_OF_ACT = {"linear": "linear", "gelu": "mlp2x_gelu"}  # keys: projector_hidden_act
 ACT_OF_PROJECTOR = {projector: act for act, projector in PROJECTOR_OF_ACT.items()}
+ASPECT_RATIOS = ("square", "pad")  # crop an image to a square, or pad it; LLaVA-1.6 has "anyres"
+ORIGINAL_SHAPE = LLAMA_SHAPE | {
+    "mm_vision_tower": str, "mm_vision_select_layer": int, "mm_projector_type?": str}
+ORIGINAL_SUPPORTED = {  # the first value is what a missing field means
+    "model_type": ("llava", "llava_llama"), "mm_vision_select_feature": ("patch",),
+    "image_aspect_ratio": ASPECT_RATIOS, "mm_patch_merge_type": ("flat",), "s2": (False,),
+    "mm_resampler_type": (None,), "mm_use_im_start_end": (False,)}
+ORIGINAL_TOWERS = {  # keys: mm_vision_tower, without the owner or the folder of another disk
+    "clip-vit-large-patch14": LLAVA_VISION | {"image_size": 224},
+    "clip-vit-large-patch14-336": LLAVA_VISION}
 
 
 def read_config(folder: str | Path, parse):
@@ -49,7 +64,8 @@ def read_config(folder: str | Path, parse):
         raise InputError(f"no model folder at {folder}")
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
+        reason = without_weights(folder.iterdir()) or "it has no config.json"
+        raise InputError(f"{folder} is not a model folder: {reason}")
     raw = read_json(path, dict)
     try:
         if raw.get("quantization_config"):
@@ -57,6 +73,21 @@ def read_config(folder: str | Path, parse):
         return parse(raw)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def without_weights(files: Iterable[Path | str]) -> str | None:
+    """What files are that seem to be a model and are not, and what to do; None if it is unknown."""
+    names = {Path(file).name for file in files}
+    if "adapter_config.json" in names:
+        return ("it is a LoRA adapter; merge it into its base model with the software that made it "
+                "(scripts/merge_lora_weights.py of the original LLaVA code, merge_and_unload of "
+                "PEFT) and save that as safetensors")
+    if any(name.startswith("pytorch_model") for name in names):
+        return ("pytorch_model*.bin are pickles, which can run code and are not opened; `python "
+                "prepare_data.py weights` downloads and converts them, or save them as safetensors")
+    if "mm_projector.bin" in names:
+        return ("mm_projector.bin is the projector alone, after stage 1 of the original LLaVA "
+                "code; train stage 1 here (train.py --stage 1), or take a model after stage 2")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -77,7 +108,7 @@ def with_defaults(raw: dict, defaults: dict) -> dict:
 def check_supported(raw: dict, key: str, supported, default=None) -> None:
     value = raw.get(key, default)
     if value not in supported:
-        names = " or ".join(map(repr, supported))
+        names = " or ".join(map(quote, supported))
         raise InputError(f"{key} {quote(value)} is not supported, only {names}")
 
 
@@ -126,20 +157,30 @@ def text_config(raw: dict) -> dict:
     return fields | {"tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
 
 
-def llava_config(raw: dict) -> dict:
+def read_llava_config(folder: str | Path, parse, vision_tower: str | Path | None = None):
+    """parse(content, tower) of a LLaVA's config.json; `tower` has the fields of the CLIP folder
+    vision_tower."""
+    tower = None if vision_tower is None else read_config(vision_tower, vision_config)
+    return read_config(folder, partial(parse, tower=tower))
+
+
+def llava_config(raw: dict, tower: dict | None = None) -> dict:
     """The fields of LlavaConfig, with `vision` and `text` as dicts.
 
     `projector` is a name; whether this version has such a projector is not checked here.
+    tower: the fields of --vision-tower, for the layout of the original code.
     """
-    if "mm_vision_tower" in raw:
-        raise InputError("the layout of the original LLaVA code is not supported, only that of the "
-                         "llava-hf files")
+    if is_original(raw):
+        return original_config(raw, tower)
+    if tower is not None:
+        raise InputError("--vision-tower has no effect on this LLaVA, which has its own")
     check_fields(raw, LLAVA_SHAPE)
     check_supported(raw, "model_type", ("llava", "nanollava"))
     check_supported(raw, "multimodal_projector_bias", (True,), True)
     check_supported(raw, "vision_feature_select_strategy", ("default",), "default")
     own = raw.get("nanollava") or {}
     check_supported(own, "template", TEMPLATES, "vicuna_v1")
+    check_supported(own, "image_aspect_ratio", ASPECT_RATIOS, "square")
     vision = vision_config(raw.get("vision_config") or LLAVA_VISION)
     text = text_config(raw.get("text_config") or {})
     text["vocab_size"] = own.get("vocab_size") or text["vocab_size"]
@@ -147,9 +188,48 @@ def llava_config(raw: dict) -> dict:
     image_token_id = raw.get("image_token_id") or raw.get("image_token_index") or 32000
     return dict(
         vision=vision, text=text, projector=projector_name(raw),
-        feature_layer=feature_layer(raw, vision["num_hidden_layers"]),
+        feature_layer=feature_layer(raw, "vision_feature_layer", vision["num_hidden_layers"]),
         image_token_id=image_token_id, template=own.get("template", "vicuna_v1"),
-        stage=own.get("stage", 2))
+        image_aspect_ratio=own.get("image_aspect_ratio", "square"), stage=own.get("stage", 2))
+
+
+def is_original(raw: dict) -> bool:
+    """Whether a config.json is of the original code. Its mm_* fields may be left in another's."""
+    return "mm_vision_tower" in raw and "text_config" not in raw
+
+
+def original_config(raw: dict, tower: dict | None) -> dict:
+    """`llava_config` of the original code's layout. Its image token is no part of the vocabulary,
+    and its template is not in the file: LLaVA-1.5 and later were trained with vicuna_v1."""
+    raw = {key: value for key, value in raw.items() if value is not None}
+    check_fields(raw, ORIGINAL_SHAPE)
+    for key, supported in ORIGINAL_SUPPORTED.items():
+        check_supported(raw, key, supported, supported[0])
+    text = text_config(raw | {"model_type": "llama"})
+    vision = original_tower(raw["mm_vision_tower"], tower)
+    return dict(
+        vision=vision, text=text, projector=raw.get("mm_projector_type", "linear"),
+        feature_layer=feature_layer(raw, "mm_vision_select_layer", vision["num_hidden_layers"]),
+        image_token_id=text["vocab_size"], template="vicuna_v1",
+        image_aspect_ratio=raw.get("image_aspect_ratio", "square"), stage=2)
+
+
+def original_tower(name: str, tower: dict | None) -> dict:
+    """The fields of VisionConfig, by the tower's name or from --vision-tower, which must agree."""
+    known = ORIGINAL_TOWERS.get(tower_name(name))
+    known = known and vision_config(known)
+    if tower and known and tower != known:
+        field = next(key for key in known if tower[key] != known[key])
+        raise InputError(f"its vision tower is {quote(name)}, not --vision-tower, whose {field} is "
+                         f"{tower[field]} in place of {known[field]}")
+    if not tower and not known:
+        raise InputError(f"it has only the name of its vision tower, {quote(name)}; give the "
+                         "folder of this CLIP with --vision-tower")
+    return tower or known
+
+
+def tower_name(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def projector_name(raw: dict) -> str:
@@ -160,12 +240,11 @@ def projector_name(raw: dict) -> str:
     return PROJECTOR_OF_ACT[raw.get("projector_hidden_act", "gelu")]
 
 
-def feature_layer(raw: dict, layers: int) -> int:
-    """vision_feature_layer counted from the end. In the file, 0 is the input of the first block."""
-    layer = -2 if raw.get("vision_feature_layer") is None else raw["vision_feature_layer"]
+def feature_layer(raw: dict, key: str, layers: int) -> int:
+    """raw[key] counted from the end. In the file, 0 is the input of the first block."""
+    layer = -2 if raw.get(key) is None else raw[key]
     if layer not in range(-layers - 1, layers + 1):
-        raise InputError(f"vision_feature_layer {layer!r} is not supported, only one of the "
-                         f"{layers} layers")
+        raise InputError(f"{key} {layer!r} is not supported, only one of the {layers} layers")
     return layer if layer < 0 else layer - layers - 1
 
 
@@ -203,8 +282,9 @@ def llava_json(config: dict) -> dict:
         "vision_feature_select_strategy": "default",
         "vision_config": clip_json(vision),
         "text_config": llama_json({**text, "vocab_size": rows}),
-        "nanollava": {"template": config["template"], "stage": config["stage"],
-                      "vocab_size": text["vocab_size"]},  # what the public layout has no place for
+        "nanollava": {  # what the public layout has no place for
+            "template": config["template"], "image_aspect_ratio": config["image_aspect_ratio"],
+            "stage": config["stage"], "vocab_size": text["vocab_size"]},
     }
     if config["projector"] not in ACT_OF_PROJECTOR:
         raw |= {"architectures": ["NanoLlava"], "model_type": "nanollava"}

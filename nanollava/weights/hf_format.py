@@ -1,4 +1,4 @@
-"""Model folders in the layouts that Hugging Face publishes for CLIP, LLaMA and LLaVA.
+"""Model folders in the public layouts of CLIP, LLaMA and LLaVA.
 
 Parameters have the names of the public files up to a prefix, so every folder loads strictly.
 A folder that nanollava writes opens in other software too. For that it gets two things that
@@ -6,6 +6,7 @@ nanollava does without: a second layer in the linear projector, and a row of the
 image token.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import torch
 
 from ..infra.io import InputError, atomic_write
 from ..infra.json_io import write_json
+from ..infra.shapes import quote
 from ..tokenizer import Tokenizer
 from . import processor
-from .hf_config import llava_json
+from .hf_config import ORIGINAL_TOWERS, is_original, llava_json, read_config, tower_name
 from .safetensors_io import load_strict, read_tensors, write_tensors
 
 # ---------------------------------------------------------------------------------------------
@@ -34,13 +36,16 @@ def clip_name(name: str) -> str | None:
 
 
 def llava_name(name: str) -> str | None:
-    """Public files have three generations of names, which differ in prefixes:
+    """Public files have four generations of names. Three differ in prefixes:
 
         vision_tower.vision_model.X   language_model.model.X   language_model.lm_head.X
         vision_tower.X                language_model.model.X   language_model.lm_head.X
         model.vision_tower.X          model.language_model.X   lm_head.X
 
-    The second one has the names of nanollava.
+    The second one has the names of nanollava. The fourth is that of the original LLaVA code, whose
+    LLaMA contains the rest (Y is nothing in a linear projector; 0. and 2. in an MLP):
+
+        model.vision_tower.vision_tower.vision_model.X   model.X   lm_head.X   model.mm_projector.YX
     """
     if name.endswith(("position_ids", "rotary_emb.inv_freq")):
         return None
@@ -48,9 +53,15 @@ def llava_name(name: str) -> str | None:
     name = name.removeprefix("model.")
     if name.startswith("lm_head."):
         name = f"language_model.{name}"
+    elif name.startswith(("embed_tokens.", "layers.", "norm.")):
+        name = f"language_model.model.{name}"
     elif name.startswith("language_model.") and not name.startswith(ours):
         name = name.replace("language_model.", "language_model.model.", 1)
-    return name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    elif name.startswith("mm_projector."):
+        layer, _, kind = name.removeprefix("mm_projector.").rpartition(".")
+        number = {"": 1, "0": 1, "2": 2}.get(layer, layer)
+        name = f"multi_modal_projector.linear_{number}.{kind}"
+    return re.sub(r"^(vision_tower\.)+(vision_model\.)?", "vision_tower.", name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,14 +130,39 @@ def load_llama(module, folder, dtype, device) -> None:
     load_strict(module, tensors, folder, dtype, device)
 
 
-def load_llava(module, folder, dtype, device) -> None:
-    """A LLaVA folder, ours or a public one, into a Llava."""
+def load_llava(module, folder, dtype, device, vision_tower=None) -> None:
+    """A LLaVA folder, ours or a public one, into a Llava. vision_tower: a CLIP folder, for a LLaVA
+    of the original code without one inside."""
     tensors, config = read_tensors(folder, llava_name), module.config
+    if name := read_config(folder, lambda raw: is_original(raw) and raw["mm_vision_tower"]):
+        complete_original(tensors, folder, name, vision_tower)
     if config.projector == "linear":
         drop_identity(tensors, folder)
     drop_image_row(tensors, config.text.vocab_size, config.image_token_id)
     drop_tied_head(module, tensors)
     load_strict(module, tensors, folder, dtype, device)
+
+
+def complete_original(tensors: dict[str, torch.Tensor], folder, name: str, vision_tower) -> None:
+    """Add the vision tower to the tensors of the original code, if they lack it, as most do.
+
+    name: what the folder's config.json calls the tower.
+    Raises InputError if vision_tower is missing or has no effect, or if this is no model.
+    """
+    norm = tensors.get("language_model.model.norm.weight")
+    if norm is not None and norm.float().abs().mean() < 0.1:  # 1 untrained, 1.8 in SmolLM2
+        raise InputError(f"{folder} is a delta: its weights are differences to those of LLaMA; add "
+                         "them up with apply_delta of the original LLaVA code")
+    if any(key.startswith("vision_tower.") for key in tensors):
+        if vision_tower and tower_name(name) in ORIGINAL_TOWERS:
+            raise InputError(f"--vision-tower has no effect on {folder}: its weights include one")
+    elif vision_tower is None:
+        raise InputError(f"{folder} does not hold its vision tower, {quote(name)}: give the folder "
+                         "of this CLIP with --vision-tower (`python prepare_data.py weights` "
+                         "downloads it)")
+    else:
+        tower = read_tensors(vision_tower, clip_name)
+        tensors |= {f"vision_tower.{key}": tensor for key, tensor in tower.items()}
 
 
 def drop_tied_head(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ from ..infra.io import InputError, hash_file, lock_file
 from ..infra.json_io import parse_json
 from ..infra.shapes import check_shape
 from ..infra.progress import Progress, print0
+from .hf_config import without_weights
 from .safetensors_io import write_tensors
 
 HUB = "https://huggingface.co"
@@ -107,8 +108,9 @@ def select_files(names: list[str]) -> list[str]:
     matches = ([name for name in names if re.fullmatch(kind, name)] for kind in kinds)
     weights = next(filter(None, matches), [])
     if "config.json" not in names or not weights:
-        raise InputError("the repository is not a model folder: it has no config.json, or neither "
-                         "model*.safetensors nor pytorch_model*.bin")
+        reason = without_weights(names) or (
+            "it has no config.json, or neither model*.safetensors nor pytorch_model*.bin")
+        raise InputError(f"the repository is not a model folder: {reason}")
     return [name for name in ("config.json", "tokenizer.model") if name in names] + weights
 
 

@@ -258,9 +258,12 @@ def chat_template(name: str, eos: str) -> str:
 # The other files, and which of them a folder gets
 
 
-def preprocessor_config(image_size: int) -> dict:
+def preprocessor_config(image_size: int, pad: bool = False) -> dict:
     """`image.preprocess`. The image processor is Pillow's: others round otherwise."""
-    return {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+    # CLIP's does not pad; LLaVA's does the same otherwise
+    kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if pad else {
+        "image_processor_type": "CLIPImageProcessor"}
+    return {**kind, "do_convert_rgb": True,
             "do_resize": True, "size": {"shortest_edge": image_size}, "resample": 3,  # bicubic
             "do_center_crop": True, "crop_size": {"height": image_size, "width": image_size},
             "do_rescale": True, "rescale_factor": 1 / 255,
@@ -296,10 +299,11 @@ def llama_files(tokenizer: Tokenizer, max_length: int, template: str = "vicuna_v
 def llava_files(tokenizer: Tokenizer, config: dict) -> dict[str, dict | str]:
     """The files of a LLaVA. `config` is `asdict(LlavaConfig)`."""
     vision, name = config["vision"], {"processor_class": "LlavaProcessor"}
+    pad = config["image_aspect_ratio"] == "pad"
     # the class token is counted, and then dropped: "default" is what transformers calls this
     processor = {**name, "patch_size": vision["patch_size"], "image_token": IMAGE_TOKEN,
                  "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return {"preprocessor_config.json": preprocessor_config(vision["image_size"]) | name,
+    return {"preprocessor_config.json": preprocessor_config(vision["image_size"], pad) | name,
             "processor_config.json": processor,
             **llama_files(tokenizer, config["text"]["max_position_embeddings"],
                           config["template"], {config["image_token_id"]: IMAGE_TOKEN}, **name)}

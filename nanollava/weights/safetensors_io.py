@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..infra.io import InputError, atomic_write, check_regular_file, path_inside
 from ..infra.json_io import read_json, write_json
+from .hf_config import without_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -40,9 +41,9 @@ def shard_paths(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (*.bin are pickles, which can "
-                         "run code and are not opened; `python prepare_data.py weights` downloads "
-                         "and converts them)")
+        reason = without_weights(folder.glob("*"))
+        message = f"{folder} has neither {SINGLE} nor {INDEX}"
+        raise InputError(f"{message}: {reason}" if reason else message)
     files = set(read_json(index, {"weight_map": {str: str}})["weight_map"].values())
     paths = sorted(Path(path_inside(folder, file)) for file in files)
     for path in paths:

@@ -122,7 +122,8 @@ def test_without_a_toy_run_the_error_says_how_to_make_one(error_of):
 
 
 FLAGS = {
-    "--image": "cat.jpg", "--prompt": "What?", "--model": "run", "--temperature": "0.7",
+    "--image": "cat.jpg", "--prompt": "What?", "--model": "run", "--vision-tower": "clip",
+    "--temperature": "0.7",
     "--top-p": "0.9", "--max-new-tokens": "5", "--seed": "1", "--dtype": "float32",
     "--device": "cpu", "--compile": None,
 }

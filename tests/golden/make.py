@@ -276,6 +276,7 @@ def make_processor():
         tokenizer = Tokenizer(path)
         for template in TEMPLATES:
             config = {"template": template, "image_token_id": len(tokenizer) + 1,
+                      "image_aspect_ratio": "square",
                       "vision": VISION, "text": {"max_position_embeddings": 2048}}
             files = processor.llava_files(tokenizer, config)
             with tempfile.TemporaryDirectory() as folder:

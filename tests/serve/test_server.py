@@ -292,6 +292,7 @@ def test_patch_words_have_the_side_of_the_grid(server):
     body = json.dumps({"image": QUESTION[0]["image_url"]["url"]}).encode()
     words = whole(server, request("/patch_words", body))
     assert words["side"] == 4 and len(words["words"]) == 16 and -1 <= words["near"] <= 1
+    assert words["padded"] is False
 
 
 # ---------------------------------------------------------------------------------------------

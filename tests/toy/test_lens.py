@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from nanollava.image import preprocess
 from nanollava.infra.io import InputError
 from nanollava.toy import lens
 from nanollava.toy.clip import things_on_patches
@@ -31,7 +32,7 @@ def test_word_names_a_thing_if_only_one_has_it():
 class Features(torch.nn.Module):
     """Stands for the model, its ViT and its projector."""
 
-    device, config = torch.device("cpu"), type("config", (), {"image_size": 96})
+    device, config = torch.device("cpu"), type("config", (), {"preprocess": preprocess})
 
     dtype = torch.float32
 

@@ -18,8 +18,6 @@ from nanollava.weights import hf_config
      "model_type 'mistral' is not supported, only 'llama'"),
     ({"vision_config": {"model_type": "siglip_vision_model"}},
      "model_type 'siglip_vision_model' is not supported"),
-    ({"mm_vision_tower": "openai/clip-vit-large-patch14"},
-     "the layout of the original LLaVA code is not supported"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantized weights are not supported"),
     ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2}}},
      "rope_type 'linear' is not supported"),
@@ -35,7 +33,8 @@ from nanollava.weights import hf_config
     ({"vision_config": {"patch_size": 33}}, "patch_size 33 is larger than image_size 32"),
     ({"projector_hidden_act": "relu"},
      "projector_hidden_act 'relu' is not supported, only 'linear' or 'gelu'"),
-    ({"multimodal_projector_bias": False}, "multimodal_projector_bias false is not supported"),
+    ({"multimodal_projector_bias": False},
+     "multimodal_projector_bias false is not supported, only true"),
     ({"vision_feature_select_strategy": "full"},
      "vision_feature_select_strategy 'full' is not supported"),
     ({"vision_feature_layer": [-2, -5]},
@@ -43,6 +42,8 @@ from nanollava.weights import hf_config
     ({"vision_feature_layer": -4},
      "vision_feature_layer -4 is not supported, only one of the 2 lay"),
     ({"nanollava": {"template": "v9"}}, "template 'v9' is not supported"),
+    ({"nanollava": {"image_aspect_ratio": "anyres"}},
+     "image_aspect_ratio 'anyres' is not supported, only 'square' or 'pad'"),
     ({"model_type": "nanollava"}, "nanollava has no 'projector'"),
     ({"text_config": {"num_attention_heads": 5}},
      "hidden_size 32 is not divisible by num_attention_heads 5"),
@@ -138,7 +139,7 @@ def test_missing_fields_have_the_defaults_of_transformers():
     assert LlamaConfig(**fields["text"]) == LlamaConfig()
     rest = {key: value for key, value in fields.items() if key not in ("vision", "text")}
     assert rest == dict(projector="mlp2x_gelu", feature_layer=-2, image_token_id=32000,
-                        template="vicuna_v1", stage=2)
+                        template="vicuna_v1", image_aspect_ratio="square", stage=2)
     # alone, a CLIP's default is ViT-B/32
     assert hf_config.vision_config({"model_type": "clip"})["patch_size"] == 32
 
@@ -163,10 +164,12 @@ def test_feature_layer_is_counted_from_the_end(in_file, from_end):
 @pytest.mark.parametrize("projector, hidden_act", [("linear", "linear"), ("mlp2x_gelu", "gelu")])
 def test_public_projectors_are_written_by_their_activation(config, projector, hidden_act):
     config.projector, config.template, config.stage = projector, "v0", 1
+    config.image_aspect_ratio = "pad"
     raw = hf_config.llava_json(asdict(config))
     assert raw["architectures"] == ["LlavaForConditionalGeneration"]
     assert raw["model_type"] == "llava" and raw["projector_hidden_act"] == hidden_act
-    assert raw["nanollava"].keys() == {"template", "stage", "vocab_size"}
+    assert raw["nanollava"] == {"template": "v0", "image_aspect_ratio": "pad", "stage": 1,
+                                "vocab_size": config.text.vocab_size}
     assert raw["image_seq_length"] == config.tokens_per_image
     assert raw["text_config"]["vocab_size"] == config.image_token_id + 1
     assert hf_config.llava_config(raw) == asdict(config)

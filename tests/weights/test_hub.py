@@ -1,6 +1,7 @@
 """Downloads from a local server that breaks off, sends wrong bytes, redirects and refuses."""
 
 import hashlib
+import io
 import json
 import threading
 from http.server import ThreadingHTTPServer
@@ -339,6 +340,28 @@ def test_pickles_are_converted_to_safetensors(server, tmp_path, model, tokenizer
     assert all(again[name].equal(tensor) for name, tensor in model.state_dict().items())
     assert len(Tokenizer(tmp_path / "model")) == len(tokenizer)
     assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_llava_of_the_original_code_is_downloaded(server, tmp_path, original, clip):
+    """As liuhaotian/llava-v1.5-7b: pickles, the projector once more, and no vision tower."""
+    content = io.BytesIO()
+    torch.save(load_file(original / "model.safetensors"), content)
+    server.files = {"config.json": (original / "config.json").read_bytes(),
+                    "tokenizer.model": (original / "tokenizer.model").read_bytes(),
+                    "pytorch_model.bin": content.getvalue(), "mm_projector.bin": b"never read"}
+    hub.fetch("someone/model", tmp_path / "model")
+    assert "mm_projector.bin" not in [name for name, _ in server.requests]
+    downloaded = Llava.from_pretrained(tmp_path / "model", vision_tower=clip).state_dict()
+    expected = Llava.from_pretrained(original, vision_tower=clip).state_dict()
+    assert all(torch.equal(downloaded[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("names, message", [
+    (["config.json", "mm_projector.bin"], "mm_projector.bin is the projector alone"),
+    (["config.json", "adapter_config.json", "non_lora_trainables.bin"], "it is a LoRA adapter")])
+def test_parts_of_a_llava_are_refused_with_what_to_do(names, message):
+    with pytest.raises(InputError, match=f"the repository is not a model folder: {message}"):
+        hub.select_files(names)
 
 
 def test_tensors_that_share_memory_are_written_separately(tmp_path):

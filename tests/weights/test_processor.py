@@ -28,6 +28,7 @@ def golden():
 
 def files_of(tokenizer, template="vicuna_v1"):
     config = {"template": template, "image_token_id": len(tokenizer) + 1,
+              "image_aspect_ratio": "square",
               "vision": {"image_size": 28, "patch_size": 7},
               "text": {"max_position_embeddings": 2048}}
     return processor.llava_files(tokenizer, config)
