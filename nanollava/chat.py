@@ -161,7 +161,7 @@ class CachedChat:
         other.tokens, other.images = self.tokens[:length], self.images
         other.kv.grow(length)
         for copy, original in zip(other.kv.keys + other.kv.values, self.kv.keys + self.kv.values):
-            copy.copy_(original[:, :, :length])
+            copy[:, :, :length].copy_(original[:, :, :length])
         return other
 
 
