@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from nanollava.conversation import IMAGE_TOKEN
-from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed
+from nanollava.infra.cli import (LESS_MEMORY, Parser, add_device, add_dtype, check_flags, in_range,
+                                 one_line_errors, seed)
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
 from nanollava.settings import find_toy_model
@@ -40,9 +41,8 @@ def parse_arguments():
     add("--max-new-tokens", type=in_range(1, 1_000_000), default=512,
         help="maximum length of a reply (default: %(default)s)")
     add("--seed", type=seed, help="random seed of sampling")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+    add_dtype(add)
+    add_device(add)
     add("--compile", action="store_true", help="compile the blocks: faster after some minutes")
     arguments = parser.parse_args()
     check_flags(arguments, {}, CONFLICTS)
@@ -112,5 +112,5 @@ def read_questions():
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(LESS_MEMORY):
         main(arguments)

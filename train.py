@@ -380,6 +380,6 @@ def explain_errors(dataset: Conversations, rows: list[list[int]]):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors("lower --micro-batch-size; train.py --plan counts what a model needs"):
         main(arguments)
         distributed.shutdown()

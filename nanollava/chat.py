@@ -4,7 +4,6 @@ A prompt is a prefix of a training row, and a reply ends where training put the 
 """
 
 import itertools
-import math
 import operator
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -31,7 +30,7 @@ def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Lla
     in the file's dtype; each layer converts its weights when it runs.
     """
     device = best_device(device)
-    dtype = best_dtype(device, dtype)
+    dtype = best_dtype(device, dtype, generating=True)
     model = Llava.from_pretrained(folder, dtype=None)
     tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
@@ -43,10 +42,8 @@ def open_llava(folder: Path, dtype: str | None, device: str | None) -> tuple[Lla
     return model.to(device, dtype), tokenizer
 
 
-def physical_memory() -> float:
-    """Bytes of memory of this machine; infinite on Windows, which does not tell Python."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -98,10 +98,12 @@ class KVCache:
 
     def grow(self, max_length: int) -> None:
         """Make room for rows of max_length tokens; what is in the cache stays."""
-        missing = self.round_up(max_length) - self.max_length
-        for layer in range(len(self.keys) if missing > 0 else 0):  # one at a time, to save memory
-            self.keys[layer] = F.pad(self.keys[layer], (0, 0, 0, missing))
-            self.values[layer] = F.pad(self.values[layer], (0, 0, 0, missing))
+        num_slots = self.round_up(max_length)
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):  # one at a time, to save memory
+                # if memory is full in the middle, the next call finds each as it is
+                missing = max(0, num_slots - tensor.shape[2])
+                tensors[layer] = F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
 
     def round_up(self, length: int) -> int:
         return -(-length // self.multiple) * self.multiple

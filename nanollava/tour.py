@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
-from .infra.cli import Parser, in_range, one_line_errors, out_file
+from .infra.cli import (LESS_MEMORY, Parser, add_device, add_dtype, in_range, one_line_errors,
+                        out_file)
 from .infra.io import InputError, atomic_write
 from .infra.progress import print0
 from .settings import TOY_IMAGE, find_toy_model
@@ -45,9 +46,8 @@ def parse_arguments():
         help="page to write (default: %(default)s)")
     add("--max-new-tokens", type=in_range(1, 128), default=48,
         help="maximum length of the answer (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+    add_dtype(add)
+    add_device(add)
     arguments = parser.parse_args()
     if not arguments.prompt.strip():
         raise InputError("--prompt is empty")
@@ -398,5 +398,5 @@ def describe_row(tour: Tour, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(LESS_MEMORY):
         main(arguments)

@@ -17,7 +17,7 @@ import os
 from ipaddress import ip_address
 from pathlib import Path
 
-from ..infra.cli import Parser, in_range, one_line_errors
+from ..infra.cli import LESS_MEMORY, Parser, add_device, add_dtype, in_range, one_line_errors
 from ..infra.http import read_api_key
 from ..infra.io import InputError
 from ..infra.progress import print0
@@ -39,9 +39,8 @@ def parse_arguments():
         help="memory for the conversations that are kept (default: %(default)s)")
     add("--max-waiting", type=in_range(0, 100), default=32,
         help="requests that may wait; more are refused (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+    add_dtype(add)
+    add_device(add)
     add("--compile", action="store_true", help="compile the blocks: faster after some minutes")
     arguments = parser.parse_args()
     try:
@@ -92,7 +91,7 @@ def main(arguments) -> None:
 
 if __name__ == "__main__":
     try:
-        with one_line_errors():
+        with one_line_errors(LESS_MEMORY):
             main(arguments)
     except SystemExit as exit:  # a normal exit aborts while a reply is computed
         os._exit(exit.code)
