@@ -94,6 +94,9 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
 
     Raises InputError for what would end the run later: a missing file, an --out in use.
     """
+    if arguments.dtype == "float16":
+        raise InputError("--dtype float16 is for generation: small gradients become 0 in it; train "
+                         "with bfloat16 or float32")
     resume = arguments.resume or arguments.stage is None  # the toy run always resumes
     out = arguments.out or TOY_RUN / f"stage{stage}"
     check_out(out, resume)
