@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanollava.chat import ChatCache
 from nanollava.llama import KVCache
 from nanollava.llava import sample_next_token
 from tests.gpu import GpuTensor, PretendedGpu
+from tests.test_chat_cache import ask, gpt, human
 from tests.test_llava import prompt
 
 PROMPT = (1, "image", *range(5, 48))  # 60 tokens
@@ -109,3 +111,14 @@ def test_memory_that_is_full_while_a_cache_grows_leaves_it_usable(config, monkey
             cache.grow(8)
     cache.grow(8)
     assert {tensor.shape[2] for tensor in cache.keys + cache.values} == {8}
+
+
+def test_chat_on_a_gpu_gives_the_replies_of_the_cpu(model, tokenizer, images, attention):
+    start = [human("<image>\nWhat is there?"), gpt("A cat.")]
+    branches = [[*start, human("Where?")], [*start, human("What color is it?")]]
+    expected = [ask(model, tokenizer, turns, images) for turns in branches]
+    with PretendedGpu() as gpu:
+        cache = ChatCache(gpu.move(model, torch.float32))
+        replies = [ask(model, tokenizer, turns, images, cache) for turns in branches]
+    assert replies == expected
+    assert len(cache.chats) == 2, "the second branch is a copy of what they share"
