@@ -1,7 +1,8 @@
 """A pretended GPU: tensors that compute on the CPU but say that they are on the device "meta".
 
-As with a real one, an operation on tensors of both devices raises RuntimeError. `PretendedGpu` counts
-what the CPU would have to wait for. It cannot show a GPU's own kernels, their speed and rounding.
+As with a real one, an operation on tensors of both devices raises RuntimeError. `PretendedGpu`
+notes what the CPU would have to wait for. It cannot show a GPU's own kernels, their speed and
+rounding.
 """
 
 from collections import Counter

@@ -18,7 +18,8 @@ def test_cudnn_does_not_plan_attention_for_each_shape():
     torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default
     best_device("cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 @pytest.fixture
