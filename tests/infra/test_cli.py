@@ -96,8 +96,8 @@ def test_error_of_the_user_or_the_system_is_one_line(capsys, error, line):
 
 GPU = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of "
        "which 1.04 GiB is free.\nSee documentation for Memory Management")
-MPS = ("MPS backend out of memory (MPS allocated: 9.05 GB, max allowed: 9.07 GB). Tried to allocate "
-       "1.00 GB on private pool.")
+MPS = ("MPS backend out of memory (MPS allocated: 9.05 GB, max allowed: 9.07 GB). Tried to "
+       "allocate 1.00 GB on private pool.")
 CPU = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
        "you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)")
 
