@@ -286,6 +286,6 @@ def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) ->
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     probabilities[:, 0].clamp_(min=1e-9)  # top_p = 0 keeps the likeliest token
     # The largest of p / Exp(1) is a draw from p: of clocks with rates p, the first to ring.
-    # torch.multinomial draws in the same way, but first lets a GPU sync check p.
+    # torch.multinomial draws in the same way, but it checks p first, which is a GPU sync.
     noise = torch.empty_like(probabilities).exponential_()
     return order.gather(1, (probabilities / noise).argmax(dim=-1, keepdim=True))[:, 0]

@@ -232,5 +232,5 @@ def memory_error(error: Exception) -> str | None:
     if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and full):
         return None
     size = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
-    place = "the GPU's memory" if re.search("CUDA|MPS|CUBLAS", text) else "the memory"
+    place = "the GPU's memory" if re.search(r"\b(CUDA|HIP|MPS)\b", text) else "the memory"
     return f"{place} is full" + (f", {size[1]} more did not fit" if size else "")
