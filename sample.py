@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from nanollava.conversation import IMAGE_TOKEN
-from nanollava.infra.cli import Parser, check_flags, in_range, one_line_errors, seed
+from nanollava.infra.cli import (LESS_MEMORY, Parser, check_flags, in_range, one_line_errors,
+                                 seed)
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
 from nanollava.settings import add_model_flags, find_toy_model
@@ -110,5 +111,5 @@ def read_questions():
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(LESS_MEMORY):
         main(arguments)

@@ -99,8 +99,9 @@ def add_training_flags(add) -> None:
         "toy: 4e-3 and 4e-4; with --lora-rank 2e-4)")
     add("--seed", type=seed, default=0,
         help="of a new toy world, a new projector, the order of the data (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the computation and the result (default: bfloat16 where it is fast)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the computation and the result; float16 is refused (default: bfloat16 on GPUs "
+        "since the A100 and RTX 30 and on CPUs with AMX, else float32)")
     add("--device", help="cuda, mps or cpu (default: the first that exists)")
     add("--no-gradient-checkpointing", action="store_true",
         help="store the activations of all blocks: faster, more memory (toy models always do)")
@@ -403,6 +404,6 @@ def explain_errors(dataset: Conversations, rows: list[list[int]]):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors("lower --micro-batch-size; train.py --plan counts what a model needs"):
         main(arguments)
         distributed.shutdown()

@@ -4,7 +4,6 @@ A prompt is a prefix of a training row, and a reply ends where training put the 
 """
 
 import itertools
-import math
 import operator
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -33,7 +32,7 @@ def open_llava(folder: Path, dtype: str | None, device: str | None,
     in the file's dtype; each layer converts its weights when it runs.
     """
     device = best_device(device)
-    dtype = best_dtype(device, dtype)
+    dtype = best_dtype(device, dtype, generating=True)
     model = Llava.from_pretrained(folder, dtype=None, vision_tower=vision_tower)
     tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
@@ -45,10 +44,8 @@ def open_llava(folder: Path, dtype: str | None, device: str | None,
     return model.to(device, dtype), tokenizer
 
 
-def physical_memory() -> float:
-    """Bytes of memory of this machine; infinite on Windows, which does not tell Python."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -163,7 +160,7 @@ class CachedChat:
         other.tokens, other.images = self.tokens[:length], self.images
         other.kv.grow(length)
         for copy, original in zip(other.kv.keys + other.kv.values, self.kv.keys + self.kv.values):
-            copy.copy_(original[:, :, :length])
+            copy[:, :, :length].copy_(original[:, :, :length])
         return other
 
 

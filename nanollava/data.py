@@ -216,7 +216,7 @@ def ignore_interrupts(worker: int) -> None:
 def kill_workers() -> None:
     """A loop that was left can keep workers until exit, where Python sends SIGTERM and waits."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and os.name == "posix":
+    if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises RuntimeError
     for worker in workers:
         worker.kill()

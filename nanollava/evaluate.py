@@ -20,8 +20,8 @@ from pathlib import Path
 
 from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
-from .infra.cli import (Parser, add_command, check_flags, in_range, one_line_errors, out_file,
-                        out_folder, percent_table, positive)
+from .infra.cli import (LESS_MEMORY, Parser, add_command, add_device, check_flags,
+                        in_range, one_line_errors, out_file, out_folder, percent_table, positive)
 from .infra.io import InputError, check_not_input, check_writable, locked_folder, path_inside
 from .infra.json_io import read_json, read_json_list, read_jsonl, write_json
 from .infra.shapes import quote
@@ -273,10 +273,6 @@ def evaluate_bench(arguments) -> tuple[str, dict]:
 # What several commands share
 
 
-def add_device(add) -> None:
-    add("--device", help="cuda, mps or cpu (default: the fastest available)")
-
-
 def add_answers(add, default: str) -> None:
     """Arguments for replies that are made here or read from a file."""
     add_model_flags(add, help="folder of the LLaVA that answers")
@@ -338,5 +334,5 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(LESS_MEMORY):
         main(parse_arguments())

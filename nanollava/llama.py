@@ -4,8 +4,8 @@ Touvron et al., 2023 (arXiv 2302.13971), section 2.2. The input is embeddings, n
 LLaVA puts image features among them. Parameters have the names of the public LLaMA and Vicuna
 files.
 
-Shapes: B rows, T tokens, D the hidden size, S the slots of the cache in use, V the vocabulary. For
-Vicuna-7B, D = 4096 = 32 heads of 128, and V = 32000.
+Shapes: B rows, T tokens, D the hidden size, S the slots of the cache that are read, V the
+vocabulary. For Vicuna-7B, D = 4096 = 32 heads of 128, and V = 32000.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .infra.device import slot_multiple
 from .layers import Embedding, Linear, RMSNorm, linear
 
 
@@ -52,27 +53,35 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch_size: int, max_length: int, dtype: torch.dtype,
                  device: torch.device | str):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.multiple = slot_multiple(device)
+        num_slots = self.round_up(max_length)
+        shape = (batch_size, config.num_key_value_heads, num_slots, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of a row
         self.num_slots = 0  # the longest row; a plain number, so that reading it needs no GPU sync
+        self.num_read = 0  # slots that attention reads: the mask hides those that are empty
 
     def reserve(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Reserve slots for num_tokens (T) more in each row: positions (B, T) and attention mask.
 
-        The mask (B, 1, T, S) is added to the attention scores. It is None for an empty cache, where
-        causal attention among the T tokens is all there is.
+        The mask (B, 1, T, S) is added to the attention scores. It is None if nothing is to hide:
+        for an empty cache, where causal attention among the T tokens is all there is, and for the
+        next token of a single row, which attends to all slots.
         """
         was_empty = self.num_slots == 0
         steps = torch.arange(num_tokens, device=self.lengths.device)
         positions = self.lengths[:, None] + steps  # (B, T)
         self.lengths = self.lengths + num_tokens
         self.num_slots += num_tokens
+        self.num_read = self.num_slots
         if was_empty:
             return positions, None
-        key_positions = torch.arange(self.num_slots, device=positions.device)  # (S,)
+        self.num_read = self.round_up(self.num_slots)
+        if positions.numel() == 1 and self.multiple == 1:
+            return positions, None
+        key_positions = torch.arange(self.num_read, device=positions.device)  # (S,)
         future = (key_positions > positions[..., None])[:, None]  # (B, 1, T, S)
         zero = torch.zeros((), dtype=self.keys[0].dtype, device=positions.device)
         return positions, zero.masked_fill(future, -torch.inf)
@@ -89,10 +98,15 @@ class KVCache:
 
     def grow(self, max_length: int) -> None:
         """Make room for rows of max_length tokens; what is in the cache stays."""
-        missing = max_length - self.max_length
-        for layer in range(len(self.keys) if missing > 0 else 0):  # one at a time, to save memory
-            self.keys[layer] = F.pad(self.keys[layer], (0, 0, 0, missing))
-            self.values[layer] = F.pad(self.values[layer], (0, 0, 0, missing))
+        num_slots = self.round_up(max_length)
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):  # one at a time, to save memory
+                # if memory is full in the middle, the next call finds each as it is
+                missing = max(0, num_slots - tensor.shape[2])
+                tensors[layer] = F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+
+    def round_up(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
 
     def truncate(self, lengths: torch.Tensor) -> None:
         """Keep the first `lengths` (B,) tokens of each row; the other slots are free again."""
@@ -102,11 +116,11 @@ class KVCache:
     def layer(self, number: int, positions: torch.Tensor) -> "LayerCache":
         """The keys and values of one layer, for the tokens at `positions`."""
         keys, values = self.keys[number], self.values[number]
-        return LayerCache(keys[:, :, : self.num_slots], values[:, :, : self.num_slots], positions)
+        return LayerCache(keys[:, :, : self.num_read], values[:, :, : self.num_read], positions)
 
 
 class LayerCache(NamedTuple):
-    """One layer's part of a KVCache, without its free slots. `update` writes into the KVCache."""
+    """One layer's part of a KVCache: the slots that are read. `update` writes into the KVCache."""
 
     keys: torch.Tensor  # (B, heads, S, head_dim)
     values: torch.Tensor
@@ -141,7 +155,7 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     """
     first, second = x.chunk(2, dim=-1)
     rotated_by_90 = torch.cat([-second, first], dim=-1)
-    return x * cos.to(x.dtype) + rotated_by_90 * sin.to(x.dtype)
+    return x * cos + rotated_by_90 * sin
 
 
 class Attention(nn.Module):
@@ -157,7 +171,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
                 mask: torch.Tensor | None = None, cache: LayerCache | None = None) -> torch.Tensor:
-        """x (B, T, D) to (B, T, D). Without a mask, attention is causal among the T tokens."""
+        """x (B, T, D) to (B, T, D). Without a mask, attention is causal among the T tokens, and a
+        single token attends to the whole cache."""
         B, T, _ = x.shape
         # a query, a key and a value for each token and head
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
@@ -168,8 +183,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)  # (B, heads, S, head_dim)
         # softmax(q k^T / sqrt(head_dim) + mask) v
+        is_causal = mask is None if T > 1 else False
         attn_out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped)
         # join the heads and mix them
         return self.o_proj(attn_out.transpose(1, 2).reshape(B, T, -1))
 
@@ -246,7 +262,9 @@ class Llama(nn.Module):
             positions, mask = torch.arange(T, device=embeds.device).expand(B, T), None
         else:
             positions, mask = cache.reserve(T)
-        rope = rope_cos_sin(positions, self.config)
+        # the angles are exact; their cosines and sines are cast once, for all layers
+        cos, sin = rope_cos_sin(positions, self.config)
+        rope = cos.to(embeds.dtype), sin.to(embeds.dtype)
         x, last = embeds, len(self.model.layers) - 1
         for number, block in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layer(number, positions)

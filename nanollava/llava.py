@@ -210,7 +210,7 @@ class Llava(nn.Module):
                  temperature=0.0, top_p=1.0, eos_id: int | None = None,
                  lengths: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
                  cache: KVCache | None = None):
-        """Yield the next token of every row, (B,) int64, step by step.
+        """Yield the next token of every row, (B,) int64 on the CPU, step by step.
 
         tokens: (B, T) prompts, shorter ones padded on the right.
         images, image_features: as in `forward`.
@@ -229,14 +229,15 @@ class Llava(nn.Module):
             cache = KVCache(self.config.text, B, 0, self.dtype, self.device)
         before = cache.num_slots
         cache.grow(before + T + max_new_tokens)
-        ended = torch.zeros(B, dtype=torch.bool, device=self.device)
+        ended = torch.zeros(B, dtype=torch.bool)
         # the prompts: only the last token of each row predicts
         last = to_device(torch.arange(B) * T + lengths - 1, self.device)  # (B,)
         hidden = self.language_model(embeds, cache, keep=last)[:, None]  # (B, 1, D)
         cache.truncate(before + lengths)  # drop the padding; new tokens take its slots
         for step in range(max_new_tokens):
             logits = self.language_model.logits(hidden)[:, 0].float()  # (B, V)
-            next_token = sample_next_token(logits, temperature, top_p)  # (B,)
+            # the only GPU sync of a step: the caller and the end of a row need the tokens
+            next_token = sample_next_token(logits, temperature, top_p).cpu()  # (B,)
             if eos_id is not None:
                 next_token = next_token.masked_fill(ended, eos_id)
                 ended |= next_token == eos_id
@@ -244,7 +245,8 @@ class Llava(nn.Module):
             if step + 1 == max_new_tokens or (eos_id is not None and ended.all()):
                 return
             # feed one token a row back; it attends to everything in the cache
-            embeds = self.language_model.embed(next_token[:, None]).to(self.dtype)  # (B, 1, D)
+            next_token = to_device(next_token[:, None], self.device)  # (B, 1)
+            embeds = self.language_model.embed(next_token).to(self.dtype)  # (B, 1, D)
             hidden = self.language_model(embeds, cache)
 
     # Loading and saving: the layouts themselves are in weights/
@@ -322,4 +324,7 @@ def sample_next_token(logits: torch.Tensor, temperature: float, top_p: float) ->
     before = probabilities.cumsum(dim=-1) - probabilities  # of all likelier tokens together
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     probabilities[:, 0].clamp_(min=1e-9)  # top_p = 0 keeps the likeliest token
-    return order.gather(1, torch.multinomial(probabilities, 1))[:, 0]
+    # The largest of p / Exp(1) is a draw from p: of clocks with rates p, the first to ring.
+    # torch.multinomial draws in the same way, but it checks p first, which is a GPU sync.
+    noise = torch.empty_like(probabilities).exponential_()
+    return order.gather(1, (probabilities / noise).argmax(dim=-1, keepdim=True))[:, 0]

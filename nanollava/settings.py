@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from .infra.cli import add_device, add_dtype
 from .infra.io import InputError, check_writable
 from .weights import hf_config
 
@@ -94,6 +95,9 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
 
     Raises InputError for what would end the run later: a missing file, an --out in use.
     """
+    if arguments.dtype == "float16":
+        raise InputError("--dtype float16 is for generation: small gradients become 0 in it; train "
+                         "with bfloat16 or float32")
     resume = arguments.resume or arguments.stage is None  # the toy run always resumes
     out = arguments.out or TOY_RUN / f"stage{stage}"
     check_out(out, resume)
@@ -159,9 +163,8 @@ def add_model_flags(add, **options) -> None:
     """The arguments of `chat.open_llava`. options: of the first one, --model."""
     add("--model", type=Path, **options)
     add_vision_tower(add)
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the weights and the computation (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+    add_dtype(add)
+    add_device(add)
 
 
 def add_vision_tower(add) -> None:

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import importlib.util
 import multiprocessing
 import re
+import resource
 import signal
 import tempfile
 import time
@@ -297,8 +298,6 @@ def peak_memory(make_step: Callable, folder: Path, dtype: torch.dtype, device: s
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, ru_maxrss starts at the value of the parent process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e9
-    import resource  # Windows lacks it
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
 

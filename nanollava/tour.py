@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
-from .infra.cli import Parser, in_range, one_line_errors, out_file
+from .infra.cli import LESS_MEMORY, Parser, in_range, one_line_errors, out_file
 from .infra.io import InputError, atomic_write
 from .infra.progress import print0
 from .settings import TOY_IMAGE, add_model_flags, find_toy_model
@@ -398,5 +398,5 @@ def describe_row(tour: Tour, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(LESS_MEMORY):
         main(arguments)

@@ -1,5 +1,6 @@
 import torch
 
+import nanollava.llama as llama_module
 from nanollava.llama import KVCache, Llama, LlamaConfig, apply_rotary_emb, rope_cos_sin
 
 TINY = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -44,6 +45,14 @@ def test_rotary_angles_are_float32_whatever_the_model_is():
     exact = torch.tensor(2047.0).double().cos()
     torch.testing.assert_close(cos[0, 0, 0, 0].double(), exact, atol=1e-6, rtol=0)
     assert cos.dtype == sin.dtype == torch.float32
+
+
+def test_cosines_are_cast_once_for_all_layers(monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(llama_module, "apply_rotary_emb",
+                        lambda x, *rope: dtypes.append([y.dtype for y in (x, *rope)]) or x)
+    Llama(TINY).bfloat16()(torch.randn(1, 3, 32).bfloat16())
+    assert dtypes == 2 * TINY.num_hidden_layers * [3 * [torch.bfloat16]]
 
 
 def test_grouped_heads_equal_repeated_keys_and_values():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollava import Llava
+from nanollava import Llava, llama
 from nanollava.conversation import IGNORE_INDEX
 from nanollava.infra import cpu
 from nanollava.infra.device import compile_blocks
@@ -111,7 +111,9 @@ def test_ended_row_yields_eos_until_all_have_ended(model):
     assert together[1] == tokens_out[1]
 
 
-def test_compiled_model_is_equal_and_no_length_needs_its_own_graph(model, monkeypatch):
+@pytest.mark.parametrize("multiple", [1, 64])  # of the cache's length: on a CPU, on a GPU
+def test_compiled_model_is_equal_and_no_length_needs_its_own_graph(model, monkeypatch, multiple):
+    monkeypatch.setattr(llama, "slot_multiple", lambda device: multiple)
     graphs = []
 
     def backend(graph, inputs):

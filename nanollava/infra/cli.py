@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 from .io import InputError, check_writable
 from .progress import IS_RANK0, print0, print_line
 from .start import interrupt, on_stop_signals
+
+# what to do when memory is full, for commands that generate
+LESS_MEMORY = "use a smaller model, smaller batches, a --dtype of 16 bits or another --device"
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +96,17 @@ def in_range(low: int | float, high: int | float, *others):
     return convert
 
 
+def add_dtype(add) -> None:
+    """The dtype of a model that generates, see `device.best_dtype`."""
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the weights and the computation (default: bfloat16 on GPUs since the A100 and RTX "
+        "30 and on CPUs with AMX; float16 on the V100 and T4; else float32)")
+
+
+def add_device(add) -> None:
+    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+
+
 positive = in_range(1, 10**9)  # the type of an argument that nothing else limits
 seed = in_range(0, 2**63 - 1)
 
@@ -141,9 +156,10 @@ def percent_table(columns: dict[str, dict[str, float]]) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors():
+def one_line_errors(memory_advice: str = "use a machine with more"):
     """Around a command: a user's error ends it with one line on standard error and exit code 2.
 
+    memory_advice: what the line says when memory is full.
     SIGTERM and SIGHUP end it as Ctrl-C does, so that it keeps what it has.
     """
     try:
@@ -159,6 +175,8 @@ def one_line_errors():
         sys.exit(141)
     except Exception as error:
         message = user_error(error)
+        if full := memory_error(error):
+            message = f"{full}: {memory_advice}"
         if "WORLD_SIZE" in os.environ:
             end_rank(message)
         if message is None:
@@ -202,3 +220,17 @@ def user_error(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # killed
         return f"{str(error).strip(' .')}: if memory is short, lower --workers"
     return None
+
+
+def memory_error(error: Exception) -> str | None:
+    """Whose memory is full, the GPU's or the machine's, if that is what an error says.
+
+    torch raises a RuntimeError with a page of advice; NumPy and Python raise MemoryError.
+    """
+    text = str(error)
+    full = re.search("out of memory|can't allocate memory|_ALLOC_FAILED", text)
+    if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and full):
+        return None
+    size = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    place = "the GPU's memory" if re.search(r"\b(CUDA|HIP|MPS)\b", text) else "the memory"
+    return f"{place} is full" + (f", {size[1]} more did not fit" if size else "")

@@ -7,7 +7,13 @@ from .io import InputError
 
 
 def best_device(requested: str | None = None) -> str:
-    """The requested device, else the fastest available. Raises InputError if it does not exist."""
+    """The requested device, else the fastest available. Raises InputError if it does not exist.
+
+    Also chooses the attention kernels of CUDA GPUs: not cuDNN's. Since torch 2.11 they are the
+    first choice on the H100 and its successors, but each new shape is planned for 20 ms and more
+    (ATen/native/cudnn/MHA.cpp), and a run of stage 2 has a thousand shapes.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
               "cpu": 1}
     names = [name for name, count in counts.items() if count]
@@ -20,30 +26,47 @@ def best_device(requested: str | None = None) -> str:
 
 
 def fast_in_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is faster than float32: on most GPUs, and on CPUs with AMX.
+    """Whether bfloat16 is faster than float32: on GPUs since the A100, and on CPUs with AMX.
 
     Other CPUs emulate it, at a tenth of the rate, or have AVX-512's bfloat16, at half the rate.
     """
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.startswith("cpu") and torch.cpu._is_amx_tile_supported()
 
 
-def best_dtype(device: str, requested: str | None = None) -> torch.dtype:
-    """The requested dtype, else the fastest: for generation, and for the files that are saved."""
+def best_dtype(device: str, requested: str | None = None, generating=False) -> torch.dtype:
+    """The requested dtype, else the fastest, for training and the files that are saved.
+
+    generating: float16 is then possible, on GPUs that are slow in bfloat16 but have units for
+    float16 (V100, T4). Training needs a larger range: small gradients become 0 in float16.
+    """
     if requested:
         return getattr(torch, requested)
-    return torch.bfloat16 if fast_in_bfloat16(device) else torch.float32
+    if fast_in_bfloat16(device):
+        return torch.bfloat16
+    has_float16 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (7, 0)
+    return torch.float16 if generating and has_float16 else torch.float32
 
 
 def pick_compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The dtype to compute in with weights of `dtype`: float32 on a CPU that is slow in bfloat16.
+    """The dtype to compute in with weights of `dtype`: float32 on a CPU that is slow in it.
 
     There, generation rounds each next token to bfloat16 weights (`infra/cpu.py`), prompts it does
     not.
     """
-    slow = device.startswith("cpu") and not fast_in_bfloat16(device)
-    return torch.float32 if slow else dtype
+    fast = dtype == torch.bfloat16 and fast_in_bfloat16(device)
+    return torch.float32 if device.startswith("cpu") and not fast else dtype
+
+
+def slot_multiple(device: torch.device | str) -> int:
+    """A KV cache is read in lengths that are a multiple of this.
+
+    On a GPU, next tokens then have a new shape once in 64 tokens: Apple's kernels are planned for
+    each shape, CUDA's need masks with aligned rows, and the CPU that starts them is the bottleneck.
+    A CPU computes what it reads, so every slot more takes time.
+    """
+    return 1 if torch.device(device).type == "cpu" else 64
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 error that the user can fix."""
 
 import contextlib
+import fcntl
 import glob
 import os
 import platform
@@ -9,11 +10,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: lock_file does nothing there
-    fcntl = None
 
 LOCK = ".lock"  # in a folder that a run writes to
 HOST = platform.node()[:32]
@@ -102,7 +98,7 @@ def check_writable(path: str | Path, is_folder: bool = False) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
+    with contextlib.suppress(OSError):  # some network disks cannot sync a folder
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -130,7 +126,7 @@ def is_abandoned(part: Path) -> bool:
     if not match:
         return False
     pid, host = int(match[1]), match[2]
-    if host == HOST and os.name == "posix":  # on Windows, os.kill would end the process
+    if host == HOST:
         try:
             os.kill(pid, 0)  # sends no signal, only looks for the process
         except ProcessLookupError:
@@ -206,8 +202,7 @@ def hash_file(digest, path: str | Path):
 def lock_file(file, name: str | Path) -> None:
     """Lock an open file until it is closed. Raises InputError if another run holds the lock."""
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         message = f"{name} is in use by another run: wait for that run, or choose another --out"
         raise InputError(message) from error

@@ -13,6 +13,9 @@ from .progress import print0
 
 def start() -> None:
     """Begin a command. Until `interrupt` takes over, Ctrl-C ends it without a traceback."""
+    if os.name != "posix":  # locks, signals and files that are replaced while open differ
+        print0("error: nanollava runs on Linux and macOS; on Windows, use WSL, its Linux")
+        sys.exit(2)
     for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", "backslashreplace"),
                                ("stderr", "w", "backslashreplace")):
         if getattr(sys, name) is None:  # closed: the next file would take its place
@@ -44,7 +47,7 @@ def on_stop_signals(handler):
 
     A signal that is ignored, as SIGHUP under nohup, stays ignored.
     """
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     old_handlers = {signum: signal.signal(signum, handler) for signum in signals
                     if signal.getsignal(signum) is not signal.SIG_IGN}
     try:

@@ -17,7 +17,7 @@ import os
 from ipaddress import ip_address
 from pathlib import Path
 
-from ..infra.cli import Parser, in_range, one_line_errors
+from ..infra.cli import LESS_MEMORY, Parser, in_range, one_line_errors
 from ..infra.http import read_api_key
 from ..infra.io import InputError
 from ..infra.progress import print0
@@ -90,7 +90,7 @@ def main(arguments) -> None:
 
 if __name__ == "__main__":
     try:
-        with one_line_errors():
+        with one_line_errors(LESS_MEMORY):
             main(arguments)
     except SystemExit as exit:  # a normal exit aborts while a reply is computed
         os._exit(exit.code)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 from ..chat import TooLongError, Usage
 from ..conversation import IMAGE_TOKEN
+from ..infra.cli import LESS_MEMORY, memory_error
 from ..infra.io import InputError
 from ..infra.json_io import parse_json
+from ..infra.progress import print0
 from ..infra.shapes import shape_error
 
 MAX_NEW_TOKENS = 512  # of a reply, if a request does not say
@@ -41,6 +43,10 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(400, str(error), "messages", "context_length_exceeded")
     if isinstance(error, InputError):
         return RequestError(400, str(error), "messages", "image_parse_error")
+    if full := memory_error(error):
+        print0(f"{full}: lower --cache-gib, or {LESS_MEMORY}")
+        return RequestError(503, f"{full}: shorten the conversation, or try again later",
+                            kind="server_error")
     traceback.print_exception(error)
     return RequestError(500, "the server failed; its log says why", kind="server_error")
 

@@ -74,7 +74,8 @@ def test_same_seed_samples_the_same_reply(command, run_folder, image):
     assert command(*arguments, 1) == command(*arguments, 1) != command(*arguments, 2)
 
 
-def test_dtype_is_the_dtype_of_the_weights(command, run_folder, monkeypatch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_the_dtype_of_the_weights(command, run_folder, monkeypatch, dtype):
     import sample
 
     dtypes = set()
@@ -84,8 +85,8 @@ def test_dtype_is_the_dtype_of_the_weights(command, run_folder, monkeypatch):
         return iter(["Yes."])
 
     monkeypatch.setattr(sample, "stream_reply", stream_reply)
-    code, *_ = command("sample", "--model", run_folder, "--prompt", "What?", "--dtype", "bfloat16")
-    assert code == 0 and {str(dtype) for dtype in dtypes} == {"torch.bfloat16"}
+    code, *_ = command("sample", "--model", run_folder, "--prompt", "What?", "--dtype", dtype)
+    assert code == 0 and {str(dtype) for dtype in dtypes} == {f"torch.{dtype}"}
 
 
 def test_stage_1_model_is_announced(command, run_folder, model, tokenizer):

@@ -150,6 +150,7 @@ def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
 @pytest.mark.parametrize("arguments, words", [
     (["--stage", 2], ["runs/toy/stage1", "--stage 1"]),
     (["--stage", 1, "--data", "none.json"], ["no data at none.json"]),
+    (["--dtype", "float16"], ["--dtype float16 is for generation", "bfloat16 or float32"]),
     (["--stage", 1, "--data", "."], ["no data at pretrain.json"]),
     (["--stage", 1, "--data", "world/pretrain.json"], ["needs --images"]),
     (["--stage", 1, "--data", "world/pretrain.json", "--images", "world", "world"],

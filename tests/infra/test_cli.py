@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from nanollava.infra import cli
 from nanollava.infra.cli import (
@@ -93,6 +94,39 @@ def test_error_of_the_user_or_the_system_is_one_line(capsys, error, line):
     assert capsys.readouterr() == ("", f"error: {line}\n")
 
 
+GPU = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of "
+       "which 1.04 GiB is free.\nSee documentation for Memory Management")
+MPS = ("MPS backend out of memory (MPS allocated: 9.05 GB, max allowed: 9.07 GB). Tried to "
+       "allocate 1.00 GB on private pool.")
+CPU = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+       "you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)")
+
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError(GPU), "the GPU's memory is full, 2.00 GiB more did not fit"),
+    (RuntimeError(MPS), "the GPU's memory is full, 1.00 GB more did not fit"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     "the GPU's memory is full"),
+    (RuntimeError(CPU), "the memory is full, 4096 bytes more did not fit"),
+    (RuntimeError(WORKER.format("RuntimeError") + CPU),
+     "the memory is full, 4096 bytes more did not fit"),
+    (MemoryError(), "the memory is full"),
+])
+def test_full_memory_is_one_line_that_says_what_to_do(capsys, error, line):
+    with pytest.raises(SystemExit) as exit:
+        with one_line_errors("lower --batch-size"):
+            raise error
+    assert exit.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {line}: lower --batch-size\n")
+
+
+def test_message_of_torch_says_that_memory_is_full():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert cli.memory_error(error.value) == \
+        "the memory is full, 1152921504606846976 bytes more did not fit"
+
+
 @pytest.mark.parametrize("rank, error", [
     ("0", InputError("row 3 is empty")), ("1", InputError("row 3 is empty")),
     ("0", RuntimeError("Connection closed by peer")), ("1", RuntimeError("Connection closed"))])
@@ -135,6 +169,14 @@ def test_start_prepares_streams_and_ctrl_c(tmp_path, code, closed, environment, 
         env=os.environ | {"PYTHONPATH": os.getcwd()} | environment,
         preexec_fn=lambda: [os.close(descriptor) for descriptor in closed])
     assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == result
+
+
+def test_windows_is_refused_in_one_line():
+    code = "import os; os.name = 'nt'; from nanollava.infra.start import start; start()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("error: nanollava runs on Linux and macOS; on Windows, use WSL, its "
+                           "Linux\n")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")

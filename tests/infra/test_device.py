@@ -4,7 +4,7 @@ import torch
 from nanollava.infra.device import best_device, best_dtype, pick_compute_dtype, to_device
 from nanollava.infra.io import InputError
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def test_missing_device_is_named():
@@ -14,23 +14,52 @@ def test_missing_device_is_named():
             best_device(name)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_is_the_default_only_where_it_is_fast(monkeypatch, fast):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
-    assert best_dtype("cpu") == best_dtype("cuda:1") == (BF16 if fast else FP32)
-    assert best_dtype("mps") == FP32
-    assert best_dtype("cpu", "bfloat16") == best_dtype("cuda", "bfloat16") == BF16
+def test_cudnn_does_not_plan_attention_for_each_shape():
+    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default
+    best_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_cpu_computes_in_bfloat16_only_where_it_is_fast(monkeypatch, fast):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(amx=True), machine(capability=(7, 5)): what the CPU and the GPUs can do."""
+
+    def pretend(amx=False, capability=None):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cuda, "get_device_capability",
+                            {"cuda:1": capability, "cuda": capability}.__getitem__)
+
+    return pretend
+
+
+@pytest.mark.parametrize("capability, generating, training", [
+    ((9, 0), BF16, BF16), ((8, 0), BF16, BF16),  # H100, A100
+    ((7, 5), FP16, FP32), ((7, 0), FP16, FP32),  # T4, V100: no units for bfloat16
+    ((6, 1), FP32, FP32),  # GTX 1080: float16 is slower than float32
+])
+def test_default_dtype_is_the_fastest_that_the_gpu_has(machine, capability, generating, training):
+    machine(capability=capability)
+    assert best_dtype("cuda:1", generating=True) == generating
+    assert best_dtype("cuda:1") == training
+    assert best_dtype("cuda", "bfloat16") == BF16
+    assert pick_compute_dtype(generating, "cuda") == generating
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_cpu_computes_in_bfloat16_only_where_it_is_fast(machine, amx):
+    machine(amx=amx)
     for device in ("cpu", "cpu:0"):
-        assert pick_compute_dtype(BF16, device) == (BF16 if fast else FP32)
-        assert pick_compute_dtype(FP32, device) == FP32
-    for device in ("cuda", "mps"):
-        assert pick_compute_dtype(BF16, device) == BF16
+        assert best_dtype(device) == best_dtype(device, generating=True) == (BF16 if amx else FP32)
+        assert pick_compute_dtype(BF16, device) == (BF16 if amx else FP32)
+        assert pick_compute_dtype(FP32, device) == pick_compute_dtype(FP16, device) == FP32
+    assert best_dtype("cpu", "bfloat16") == BF16
+
+
+def test_apple_gpus_compute_in_float32_unless_asked():
+    assert best_dtype("mps") == best_dtype("mps", generating=True) == FP32
+    assert pick_compute_dtype(FP16, "mps") == FP16
 
 
 class FakeTensor:

@@ -65,7 +65,7 @@ def test_jobs_run_one_after_the_other_in_the_order_of_arrival(engine):
     (RequestError(418, "no"), 418, None),
     (TooLongError("no"), 400, "context_length_exceeded"),
     (InputError("no"), 400, "image_parse_error"),
-    (ValueError("no"), 500, None), (MemoryError(), 500, None), (OSError("no"), 500, None),
+    (ValueError("no"), 500, None), (MemoryError(), 503, None), (OSError("no"), 500, None),
     (StopIteration(), 500, None)], ids=lambda value: type(value).__name__)
 def test_error_of_a_job_reaches_its_client_and_the_next_job_runs(engine, capsys, error, status,
                                                                 code):
