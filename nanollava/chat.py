@@ -225,24 +225,3 @@ def stream_reply(model: Llava, tokenizer: Tokenizer, turns: list[dict], images: 
         num_sent = final
     yield text[num_sent:]
     return usage
-
-
-def generate_replies(model: Llava, tokenizer: Tokenizer, conversations: list[list[dict]],
-                     images: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
-                     max_new_tokens=64) -> list[str]:
-    """The replies to a batch of conversations, at temperature 0.
-
-    images: (N, 3, H, W), all images of the batch in reading order; or instead image_features
-    (N, P, D), made by `Llava.encode_images`. Raises TooLongError.
-    """
-    tokens, lengths, room = tokenize_prompts(model, tokenizer, conversations)
-    max_new_tokens = min(max_new_tokens, int(room.max()))
-    eos_id, stop = stop_condition(model, tokenizer)
-    steps = list(model.generate(tokens, images, max_new_tokens, eos_id=eos_id, lengths=lengths,
-                                image_features=image_features))
-    replies = []
-    for row, limit in zip(torch.stack(steps, dim=1).tolist(), room.tolist()):  # (B, new tokens)
-        # EOS, which also pads a row that has ended, decodes to ""
-        text = tokenizer.decode(row[:limit])
-        replies.append((text.split(stop)[0] if stop else text).strip())
-    return replies

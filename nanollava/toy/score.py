@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..batching import generate_replies
 from ..benchmarks.report import Exchange, write_report
-from ..chat import generate_replies
 from ..image import open_image
 from ..infra.io import InputError, path_inside
 from ..infra.json_io import read_json
@@ -52,17 +52,14 @@ def answer_rows(model: Llava, tokenizer: Tokenizer, rows: list[dict], images: Pa
                 batch_size: int = 64) -> list[str]:
     """The model's replies to rows of test.json, each with one image of the folder `images`."""
     features = encode_files(model, sorted({row["image"] for row in rows}), images, batch_size)
-    replies = {}
-    # replies of one type are about equally long, so that few rows of a batch wait for others
+    # questions of one type are about equally long, so that little of a batch is padding
     order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])
+    prompts = [(rows[number]["conversations"][:1], features[rows[number]["image"]][None])
+               for number in order]
+    replies = {}
     with Progress(label, len(rows), "questions") as progress:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = [rows[number] for number in numbers]
-            questions = [row["conversations"][:1] for row in batch]
-            image_features = torch.stack([features[row["image"]] for row in batch])
-            texts = generate_replies(model, tokenizer, questions, image_features=image_features)
-            replies.update(zip(numbers, texts))
+        for place, reply in generate_replies(model, tokenizer, prompts, batch_size):
+            replies[order[place]] = reply
             progress.update(len(replies))
     return [replies[number] for number in range(len(rows))]
 
