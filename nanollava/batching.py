@@ -1,7 +1,8 @@
-"""Replies to many prompts, in a batch whose rows are refilled: continuous batching (Yu et al., 2022).
+"""Replies to many prompts, in a batch whose rows are refilled: continuous batching.
 
 Replies differ in length. If a batch started and ended as one, each row would be computed until the
-longest reply ends. Here replies leave when they have ended, and the next prompts take their rows:
+longest reply ends. Here replies leave when they have ended, and the next prompts take their rows
+(Yu et al., 2022, Orca):
 
     step      1   2   3   4   5   6   7
     row 0     a   a   a   a   a   e   e
@@ -92,9 +93,13 @@ class Batch:
 
     def add_token(self, reply: Reply, token: int) -> None:
         reply.tokens.append(token)
-        reply.ended = (token == self.eos_id or len(reply.tokens) == reply.max_tokens
-                       or self.stop is not None and self.stop in self.tokenizer.decode(reply.tokens))
+        is_last = token == self.eos_id or len(reply.tokens) == reply.max_tokens
+        reply.ended = is_last or self.stop is not None and self.stop in self.decode(reply)
+
+    def decode(self, reply: Reply) -> str:
+        return self.tokenizer.decode(reply.tokens)  # EOS decodes to ""
 
     def text(self, reply: Reply) -> str:
-        text = self.tokenizer.decode(reply.tokens)  # EOS decodes to ""
+        """The reply without its stop."""
+        text = self.decode(reply)
         return (text.split(self.stop)[0] if self.stop else text).strip()

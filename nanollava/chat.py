@@ -20,14 +20,17 @@ from .infra.io import InputError
 from .infra.progress import print0
 from .llama import KVCache
 from .llava import Llava
+from .quantize import quantize_int8
 from .tokenizer import Tokenizer, open_tokenizer
 
 
 def open_llava(folder: Path, dtype: str | None, device: str | None,
-               vision_tower: Path | None = None) -> tuple[Llava, Tokenizer]:
+               vision_tower: Path | None = None,
+               quantize: str | None = None) -> tuple[Llava, Tokenizer]:
     """A LLaVA with weights in `dtype` ("bfloat16") on the device, and its tokenizer.
 
     None is the fastest dtype or device. vision_tower: as in `Llava.from_pretrained`.
+    quantize: "int8" quantizes the blocks of the language model while the file is read.
     Raises InputError if there is no such device.
     On a CPU, weights that would fill more than half of the memory stay in their memory-mapped file,
     in the file's dtype; each layer converts its weights when it runs.
@@ -37,10 +40,13 @@ def open_llava(folder: Path, dtype: str | None, device: str | None,
     model = Llava.from_pretrained(folder, dtype=None, vision_tower=vision_tower)
     tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
-    num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    if quantize == "int8":
+        quantize_int8(model.language_model)
+    num_bytes = sum(weight.numel() * (dtype.itemsize if weight.is_floating_point() else 1)
+                    for weight in model.state_dict().values())
     if device == "cpu" and num_bytes > physical_memory() / 2:
         print0(f"{folder} would take {num_bytes / 2**30:.0f} GiB in {str(dtype)[6:]}: "
-               "its weights stay on disk, memory-mapped")
+               f"its {'other ' if quantize else ''}weights stay on disk, memory-mapped")
         return model, tokenizer
     return model.to(device, dtype), tokenizer
 

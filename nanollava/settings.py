@@ -162,11 +162,17 @@ def add_model_flags(add, **options) -> None:
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the weights and the computation (default: bfloat16 where it is fast)")
     add("--device", help="cuda, mps or cpu (default: the first that exists)")
+    add_quantize(add)
 
 
 def add_vision_tower(add) -> None:
     add("--vision-tower", type=Path,
         help="folder of the CLIP, for a --model of the original LLaVA code that lacks its own")
+
+
+def add_quantize(add) -> None:
+    add("--quantize", choices=("int8",),
+        help="quantize the language model: half of bfloat16's bytes, faster tokens")
 
 
 def find_toy_model() -> Path:
