@@ -1,5 +1,7 @@
 """int8 weights: what they cost in accuracy, and what they leave alone."""
 
+import os
+
 import pytest
 import torch
 import torch.nn as nn
@@ -91,3 +93,18 @@ def test_quantized_model_replies(model, tokenizer, tmp_path, dtype):
     assert dtypes == {dtype, "int8"}
     turns = [{"from": "human", "value": "<image>\nWhat is there?"}]
     assert "".join(stream_reply(opened, tokenizer, turns, [torch.randn(3, 32, 32)], 12))
+
+
+def test_other_weights_stay_on_disk_where_memory_is_short(model, tokenizer, tmp_path, monkeypatch,
+                                                          capsys):
+    model.save_pretrained(tmp_path, [tokenizer.path], torch.bfloat16)
+    blocks = sum(weight.numel() for name, weight in model.named_parameters()
+                 if name.startswith("language_model.model.layers") and "proj" in name)
+    others = sum(weight.numel() for weight in model.parameters()) - blocks
+    enough = blocks + 4 * (others + 1000)  # bytes; 1000 scales at most
+    for memory, dtype in ((2 * enough, torch.float32), (blocks + 4 * others, torch.bfloat16)):
+        monkeypatch.setattr(os, "sysconf", lambda name: memory ** 0.5)
+        opened, _ = open_llava(tmp_path, "float32", "cpu", "int8")
+        assert opened.language_model.lm_head.weight.dtype == dtype
+        assert opened.language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert "its other weights stay on disk" in capsys.readouterr().err
