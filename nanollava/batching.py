@@ -21,7 +21,7 @@ from .llama import KVCache
 from .llava import Llava
 from .tokenizer import Tokenizer
 
-ENDED_SHARE = 0.25  # of the rows, before they are refilled: prompts are faster several at a time
+ENDED_SHARE = 0.125  # of the rows, before they are refilled: prompts are faster several at a time
 MAX_STEPS = 16  # before a refill, however few have ended: the cache grows by as many tokens
 
 
