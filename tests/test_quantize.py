@@ -104,7 +104,7 @@ def test_other_weights_stay_on_disk_where_memory_is_short(model, tokenizer, tmp_
     enough = blocks + 4 * (others + 1000)  # bytes; 1000 scales at most
     for memory, dtype in ((2 * enough, torch.float32), (blocks + 4 * others, torch.bfloat16)):
         monkeypatch.setattr(os, "sysconf", lambda name: memory ** 0.5)
-        opened, _ = open_llava(tmp_path, "float32", "cpu", "int8")
+        opened, _ = open_llava(tmp_path, "float32", "cpu", quantize="int8")
         assert opened.language_model.lm_head.weight.dtype == dtype
         assert opened.language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
     assert "its other weights stay on disk" in capsys.readouterr().err
