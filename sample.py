@@ -67,7 +67,7 @@ def main(arguments) -> None:
     files = [open_image(path) for path in arguments.image]
     folder = arguments.model or find_toy_model()
     model, tokenizer = open_llava(folder, arguments.dtype, arguments.device,
-                                  arguments.vision_tower)
+                                  arguments.vision_tower, arguments.quantize)
     if arguments.compile:
         compile_blocks(model)
     if model.config.stage == 1:

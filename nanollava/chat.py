@@ -19,14 +19,17 @@ from .infra.io import InputError
 from .infra.progress import print0
 from .llama import KVCache
 from .llava import Llava
+from .quantize import quantize_int8
 from .tokenizer import Tokenizer, open_tokenizer
 
 
 def open_llava(folder: Path, dtype: str | None, device: str | None,
-               vision_tower: Path | None = None) -> tuple[Llava, Tokenizer]:
+               vision_tower: Path | None = None,
+               quantize: str | None = None) -> tuple[Llava, Tokenizer]:
     """A LLaVA with weights in `dtype` ("bfloat16") on the device, and its tokenizer.
 
     None is the fastest dtype or device. vision_tower: as in `Llava.from_pretrained`.
+    quantize: "int8" quantizes the blocks of the language model while the file is read.
     Raises InputError if there is no such device.
     On a CPU, weights that would fill more than half of the memory stay in their memory-mapped file,
     in the file's dtype; each layer converts its weights when it runs.
@@ -36,10 +39,13 @@ def open_llava(folder: Path, dtype: str | None, device: str | None,
     model = Llava.from_pretrained(folder, dtype=None, vision_tower=vision_tower)
     tokenizer = open_tokenizer(folder, model.config)
     model.compute_dtype = pick_compute_dtype(dtype, device)
-    num_bytes = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    if quantize == "int8":
+        quantize_int8(model.language_model)
+    num_bytes = sum(weight.numel() * (dtype.itemsize if weight.is_floating_point() else 1)
+                    for weight in model.state_dict().values())
     if device == "cpu" and num_bytes > physical_memory() / 2:
         print0(f"{folder} would take {num_bytes / 2**30:.0f} GiB in {str(dtype)[6:]}: "
-               "its weights stay on disk, memory-mapped")
+               f"its {'other ' if quantize else ''}weights stay on disk, memory-mapped")
         return model, tokenizer
     return model.to(device, dtype), tokenizer
 
@@ -222,24 +228,3 @@ def stream_reply(model: Llava, tokenizer: Tokenizer, turns: list[dict], images: 
         num_sent = final
     yield text[num_sent:]
     return usage
-
-
-def generate_replies(model: Llava, tokenizer: Tokenizer, conversations: list[list[dict]],
-                     images: torch.Tensor | None = None, image_features: torch.Tensor | None = None,
-                     max_new_tokens=64) -> list[str]:
-    """The replies to a batch of conversations, at temperature 0.
-
-    images: (N, 3, H, W), all images of the batch in reading order; or instead image_features
-    (N, P, D), made by `Llava.encode_images`. Raises TooLongError.
-    """
-    tokens, lengths, room = tokenize_prompts(model, tokenizer, conversations)
-    max_new_tokens = min(max_new_tokens, int(room.max()))
-    eos_id, stop = stop_condition(model, tokenizer)
-    steps = list(model.generate(tokens, images, max_new_tokens, eos_id=eos_id, lengths=lengths,
-                                image_features=image_features))
-    replies = []
-    for row, limit in zip(torch.stack(steps, dim=1).tolist(), room.tolist()):  # (B, new tokens)
-        # EOS, which also pads a row that has ended, decodes to ""
-        text = tokenizer.decode(row[:limit])
-        replies.append((text.split(stop)[0] if stop else text).strip())
-    return replies

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from .benchmarks import llava_bench, scienceqa
 from .conversation import IMAGE_TOKEN
-from .infra.cli import (LESS_MEMORY, Parser, add_command, add_device, check_flags,
-                        in_range, one_line_errors, out_file, out_folder, percent_table, positive)
+from .infra.cli import (LESS_MEMORY, Parser, add_command, add_device, check_flags, in_range,
+                        one_line_errors, out_file, out_folder, percent_table, positive)
 from .infra.io import InputError, check_not_input, check_writable, locked_folder, path_inside
 from .infra.json_io import read_json, read_json_list, read_jsonl, write_json
 from .infra.shapes import quote
 from .infra.progress import print0, progress
-from .settings import add_model_flags, add_vision_tower
+from .settings import add_model_flags, add_quantize, add_vision_tower
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
@@ -34,7 +34,8 @@ from .teacher.ledger import Ledger
 # Modules that import torch are imported inside the commands, so that --help answers without delay.
 
 TOWER_FLAG = {"--vision-tower": ("--model",)}
-MODEL_FLAGS = TOWER_FLAG | dict.fromkeys(("--batch-size", "--dtype", "--device"), ("--model",))
+MODEL_FLAGS = TOWER_FLAG | dict.fromkeys(("--batch-size", "--dtype", "--device", "--quantize"),
+                                         ("--model",))
 CHAT_FLAGS = dict.fromkeys(("--gpt", "--base-url", "--workers", "--max-reply-tokens"),
                            ("--ensemble",))
 # By command, the flags that would be silently ignored: `check_flags` refuses them.
@@ -74,26 +75,24 @@ def add_toy_arguments(add) -> None:
     add("--limit", type=positive, help="ask only the first N questions")
     add("--out", type=out_file, help="also write the table to this file, as JSON")
     add_device(add)
+    add_quantize(add)
 
 
 def evaluate_toy(arguments) -> tuple[str, dict]:
     """Accuracy on the toy world's test questions, with two controls."""
-    from .infra.device import best_device
-    from .llava import Llava
-    from .tokenizer import open_tokenizer
+    from .chat import open_llava
     from .toy.score import accuracy, answer_rows, evaluate_run, read_test
 
-    device = best_device(arguments.device)
     if arguments.model:
         rows = read_test(arguments.data)[: arguments.limit]
-        model = Llava.from_pretrained(arguments.model, device=device,
-                                      vision_tower=arguments.vision_tower)
-        predictions = answer_rows(model, open_tokenizer(arguments.model, model.config), rows,
-                                  arguments.data / "images", "answers")
+        model, tokenizer = open_llava(arguments.model, "float32", arguments.device,
+                                      arguments.vision_tower, arguments.quantize)
+        predictions = answer_rows(model, tokenizer, rows, arguments.data / "images", "answers")
         columns = {"model": accuracy(rows, predictions)}
     else:
         check_writable(arguments.run / "report.html")
-        columns = evaluate_run(arguments.run, arguments.data, device, arguments.limit)
+        columns = evaluate_run(arguments.run, arguments.data, arguments.device, arguments.limit,
+                               arguments.quantize)
     return percent_table(columns), columns
 
 
@@ -167,7 +166,7 @@ def evaluate_report(arguments) -> tuple[str, None]:
     path = arguments.model / "report.html"
     check_writable(path)
     model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device,
-                                  arguments.vision_tower)
+                                  arguments.vision_tower, arguments.quantize)
     cards = []
     rows = list(islice(read_json_list(arguments.data), arguments.limit))
     for number, row in enumerate(progress(rows, "answers", "rows")):
@@ -306,10 +305,11 @@ def collect_answers(arguments, questions: dict, default: str) -> dict[str, str]:
     path = arguments.answers or arguments.model / default
     check_writable(path)
     model, tokenizer = open_llava(arguments.model, arguments.dtype, arguments.device,
-                                  arguments.vision_tower)
-    folders = filter(None, (arguments.model, arguments.vision_tower))
-    return answer_all(model, tokenizer, questions, path, arguments.batch_size,
-                      " ".join(map(fingerprint, folders)))
+                                  arguments.vision_tower, arguments.quantize)
+    # replies of quantized and of exact weights are different
+    folders = map(fingerprint, filter(None, (arguments.model, arguments.vision_tower)))
+    weights = " ".join([*folders, *filter(None, [arguments.quantize])])
+    return answer_all(model, tokenizer, questions, path, arguments.batch_size, weights)
 
 
 def ask_all(job: Job, arguments) -> dict:

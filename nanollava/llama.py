@@ -113,6 +113,17 @@ class KVCache:
         self.num_slots = int(lengths.max())
         self.lengths = lengths.to(self.lengths.device)
 
+    def replace_rows(self, keep: list[int], other: "KVCache") -> None:
+        """Keep the rows `keep`, in this order, and put the rows of another cache below them."""
+        self.lengths = torch.cat([self.lengths[keep], other.lengths])
+        self.num_slots = max(self.lengths.tolist(), default=0)
+        width = self.round_up(self.num_slots)
+        for cache in (self, other):
+            cache.grow(width)
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, (old, new) in enumerate(zip(ours, theirs)):  # one at a time, to save memory
+                ours[layer] = torch.cat([old[:, :, :width][keep], new[:, :, :width]])
+
     def layer(self, number: int, positions: torch.Tensor) -> "LayerCache":
         """The keys and values of one layer, for the tokens at `positions`."""
         keys, values = self.keys[number], self.values[number]

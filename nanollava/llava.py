@@ -218,17 +218,17 @@ class Llava(nn.Module):
         eos_id: a row that has ended keeps yielding it, and generation stops when all rows have
             ended; without it, generation runs for max_new_tokens.
         lengths: (B,) tokens of each prompt without its padding, on the CPU; None means T.
-        cache: holds what comes before `tokens`, for rows of equal length; it is extended.
+        cache: holds what comes before `tokens`; it is extended.
         """
         B, T = tokens.shape
         lengths = torch.full((B,), T) if lengths is None else lengths
         if image_features is None:
             image_features = self.encode_images(images)
         embeds = self.merge_image_features(tokens, image_features)  # (B, T, D)
+        before = 0 if cache is None else cache.lengths.cpu()  # tokens of each row in the cache
         if cache is None:
             cache = KVCache(self.config.text, B, 0, self.dtype, self.device)
-        before = cache.num_slots
-        cache.grow(before + T + max_new_tokens)
+        cache.grow(cache.num_slots + T + max_new_tokens)
         ended = torch.zeros(B, dtype=torch.bool)
         # the prompts: only the last token of each row predicts
         last = to_device(torch.arange(B) * T + lengths - 1, self.device)  # (B,)

@@ -77,7 +77,7 @@ def main(arguments) -> None:
     folder = arguments.model or find_toy_model()
     tour = write_tour(folder, arguments.image, arguments.prompt, arguments.out,
                       arguments.max_new_tokens, arguments.dtype, arguments.device,
-                      arguments.vision_tower)
+                      arguments.vision_tower, arguments.quantize)
     print(f'{arguments.image} and "{arguments.prompt}" on their way through {folder}\n')
     print(format_steps(tour.steps))
     print("\nThe words that are nearest to each patch after the projector; · is no near word:\n")
@@ -88,10 +88,10 @@ def main(arguments) -> None:
 
 def write_tour(folder: Path, image_path: Path, prompt: str, out: Path, max_new_tokens: int = 48,
                dtype: str | None = None, device: str | None = None,
-               vision_tower: Path | None = None) -> "Tour":
+               vision_tower: Path | None = None, quantize: str | None = None) -> "Tour":
     """Take the tour through the model in `folder` and write its page to `out`."""
     image = open_image(image_path)
-    model, tokenizer = open_llava(folder, dtype, device, vision_tower)
+    model, tokenizer = open_llava(folder, dtype, device, vision_tower, quantize)
     tour = take_tour(model, tokenizer, image, prompt, max_new_tokens)
     views = compare_projectors(model, tokenizer, tour.pixels, folder)
     name = "/".join(folder.resolve().parts[-2:])

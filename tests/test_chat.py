@@ -7,14 +7,12 @@ from nanollava.chat import (
     ChatCache,
     TooLongError,
     Usage,
-    generate_replies,
     open_llava,
     stream_reply,
     tokenize_prompts,
 )
 
 QUESTION = [{"from": "human", "value": "<image>\nWhat is there?"}]
-FEATURES = torch.zeros(1, 16, 32)  # of one image, in the language model's space
 PIXELS = torch.zeros(3, 32, 32)
 
 
@@ -29,19 +27,9 @@ class FixedReply:
             yield torch.tensor([row[step] if step < len(row) else eos_id or 0 for row in self.rows])
 
 
-def test_reply_ends_at_eos(model, tokenizer):
-    rows = [tokenizer.encode(text) + [tokenizer.eos_id] for text in ("A red cat.", "No.")]
-    model.generate = FixedReply(*rows)
-    replies = generate_replies(model, tokenizer, [QUESTION] * 2,
-                               image_features=FEATURES.expand(2, -1, -1))
-    assert replies == ["A red cat.", "No."]
-
-
 def test_reply_under_v0_ends_at_its_stop_text(model, tokenizer):
     model.config.template = "v0"
     model.generate = FixedReply(tokenizer.encode("A cat. ###Human: And now?"))
-    replies = generate_replies(model, tokenizer, [QUESTION], image_features=FEATURES)
-    assert replies == ["A cat."]
     assert "".join(stream_reply(model, tokenizer, QUESTION, [PIXELS])) == "A cat."
 
 
@@ -107,53 +95,18 @@ def test_reply_ends_where_the_context_is_full(model, tokenizer):
     (length, max_new_tokens), = calls
     assert length + max_new_tokens == 60
     model.config.text.max_position_embeddings = length
-    for reply in (stream_reply(model, tokenizer, QUESTION, [PIXELS]),
-                  (generate_replies(*arguments) for arguments in [(model, tokenizer, [QUESTION])])):
-        with pytest.raises(TooLongError, match=f"{length} tokens, but .* reads at most {length}"):
-            list(reply)
-
-
-def test_each_reply_of_a_batch_ends_where_its_context_is_full(model, tokenizer):
-    short = [{"from": "human", "value": "Hi"}]
-    batch = [QUESTION, short]
-    lengths = tokenize_prompts(model, tokenizer, batch)[1].tolist()
-    context = model.config.text.max_position_embeddings = lengths[0] + 3
-    piece = tokenizer.encode("cat")
-    steps = []
-
-    def generate(tokens, images, max_new_tokens, **_):
-        steps.append(max_new_tokens)
-        return FixedReply(*[piece * max_new_tokens] * 2)(tokens)
-
-    model.generate = generate
-    replies = generate_replies(model, tokenizer, batch, image_features=FEATURES, max_new_tokens=99)
-    assert steps == [context - min(lengths)]
-    assert [len(tokenizer.encode(reply)) for reply in replies] == \
-        [context - length for length in lengths]
+    with pytest.raises(TooLongError, match=f"{length} tokens, but .* reads at most {length}"):
+        list(stream_reply(model, tokenizer, QUESTION, [PIXELS]))
 
 
 def test_model_larger_than_half_the_memory_stays_on_disk_with_equal_replies(
         model, tokenizer, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path, [tokenizer.path], torch.bfloat16)
-    images, replies = torch.randn(1, 3, 32, 32), []
+    image, replies = torch.randn(3, 32, 32), []
     for memory, dtype in ((10**9, torch.float32), (0, torch.bfloat16)):
         monkeypatch.setattr(os, "sysconf", lambda name: memory)
         opened, _ = open_llava(tmp_path, "float32", "cpu")
         assert {parameter.dtype for parameter in opened.parameters()} == {dtype}
-        replies += generate_replies(opened, tokenizer, [QUESTION], images, max_new_tokens=12)
+        replies.append("".join(stream_reply(opened, tokenizer, QUESTION, [image], 12)))
     assert replies[0] == replies[1]
     assert "its weights stay on disk" in capsys.readouterr().err
-
-
-def test_ragged_batch_matches_single_prompts(model, tokenizer):
-    questions = ["<image>\nWhat is there?", "Hello, who are you and what can you see?",
-                 "<image>\n<image>\nSame?"]
-    conversations = [[{"from": "human", "value": question}] for question in questions]
-    _, lengths, _ = tokenize_prompts(model, tokenizer, conversations)
-    assert len(set(lengths.tolist())) == 3
-    images = torch.randn(3, 3, 32, 32)
-    batch = generate_replies(model, tokenizer, conversations, images, max_new_tokens=12)
-    for conversation, reply, own_images in zip(conversations, batch,
-                                               (images[:1], None, images[1:])):
-        assert [reply] == generate_replies(model, tokenizer, [conversation], own_images,
-                                           max_new_tokens=12)

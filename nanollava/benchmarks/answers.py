@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..chat import TooLongError, generate_replies, tokenize_prompts
+from ..batching import generate_replies
+from ..chat import TooLongError, tokenize_prompts
 from ..image import open_image
 from ..infra.io import hash_file, reading
 from ..infra.json_io import read_jsonl
@@ -64,7 +65,7 @@ def read_answers(path: Path, questions: dict[str, tuple[str, list[Path]]]) -> di
 
 def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], path: Path,
                batch_size: int, weights: str) -> dict[str, str]:
-    """The model's replies by question id, appended to a JSONL file batch by batch.
+    """The model's replies by question id, appended to a JSONL file as they end.
 
     questions: {id: (text, image files)}; `<image>` in the text marks the place of each image.
     Questions that the file already answers are not asked again; those that the model's context
@@ -76,23 +77,21 @@ def answer_all(model, tokenizer, questions: dict[str, tuple[str, list[Path]]], p
         answers.report()
         pending = [key for key, (text, _) in questions.items()
                    if key not in answers.replies and fits(model, tokenizer, key, text)]
-        # texts of similar length share a batch, so that little of it is padding
+        # texts of similar length are neighbors, so that little of a batch is padding
         pending.sort(key=lambda key: (len(questions[key][0]), key))
         with Progress("answers", len(questions), "questions", len(answers.replies)) as progress:
-            for start in range(0, len(pending), batch_size):
-                batch = pending[start : start + batch_size]
-                replies = answer_batch(model, tokenizer, [questions[key] for key in batch])
-                answers.append(*({"question_id": key, "text": reply, "hashes": hashes[key]}
-                                 for key, reply in zip(batch, replies)))
+            prompts = (make_prompt(model, *questions[key]) for key in pending)
+            for number, reply in generate_replies(model, tokenizer, prompts, batch_size, 512):
+                key = pending[number]
+                answers.append({"question_id": key, "text": reply, "hashes": hashes[key]})
                 progress.update(len(answers.replies))
     return answers.replies
 
 
-def answer_batch(model, tokenizer, questions: list[tuple[str, list[Path]]]) -> list[str]:
-    images = [model.config.preprocess(open_image(path))
-              for _, paths in questions for path in paths]
-    return generate_replies(model, tokenizer, [one_turn(text) for text, _ in questions],
-                            torch.stack(images) if images else None, max_new_tokens=512)
+def make_prompt(model, text: str, paths: list[Path]) -> tuple[list[dict], torch.Tensor]:
+    """A conversation and its image features (N, P, D)."""
+    images = [model.config.preprocess(open_image(path)) for path in paths]
+    return one_turn(text), model.encode_images(torch.stack(images) if images else None)
 
 
 def one_turn(question: str) -> list[dict]:

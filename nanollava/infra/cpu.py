@@ -56,3 +56,19 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # (slices, out / slices, in) times (slices, in, B)
     y = torch.bmm(weight.view(slices, -1, size), x[:, 0].T.expand(slices, -1, -1))
     return y.view(out, -1).T.contiguous()[:, None]  # (B, 1, out)
+
+
+def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (..., in) times weight (out, in) in int8, times scale (out,): in the dtype of x.
+
+    Next tokens (B, 1, in) and the result are rounded to bfloat16: torch's kernel for int8 is slow
+    in float32. Its result for a row does not depend on the batch. In other products, which have
+    many rows, the weight is cast chunk by chunk.
+    """
+    is_decoding = x.ndim == 3 and x.shape[1] == 1
+    if is_decoding and weight.shape[1] % 16 == 0:  # the kernel reads past the end of other rows
+        y = torch._weight_int8pack_mm(x[:, 0].bfloat16(), weight, scale.bfloat16())  # (B, out)
+        return y[:, None].to(x.dtype)
+    chunks = weight.split(max(SLICES, CHUNK_NUMEL // weight.shape[1]))
+    y = torch.cat([F.linear(x, chunk.to(x.dtype)) for chunk in chunks], dim=-1)
+    return y * scale.to(x.dtype)

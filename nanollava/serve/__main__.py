@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import os
 from ipaddress import ip_address
-from pathlib import Path
 
 from ..infra.cli import LESS_MEMORY, Parser, in_range, one_line_errors
 from ..infra.http import read_api_key
@@ -67,7 +66,7 @@ def main(arguments) -> None:
     Image.MAX_IMAGE_PIXELS = 2**25  # Pillow refuses images of more than twice as many
     folder = arguments.model or find_toy_model()
     model, tokenizer = open_llava(folder, arguments.dtype, arguments.device,
-                                  arguments.vision_tower)
+                                  arguments.vision_tower, arguments.quantize)
     if arguments.compile:
         compile_blocks(model)
     replies = Replies(model, tokenizer, folder.resolve().name, int(arguments.cache_gib * 2**30))

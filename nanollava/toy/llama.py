@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..benchmarks import scienceqa
-from ..chat import generate_replies
+from ..batching import generate_replies
 from ..conversation import IMAGE_TOKEN, tokenize_conversation
 from ..data import pad_right
 from ..infra.resume import Checkpoints
@@ -294,17 +294,18 @@ def answer_scenes(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
 
     Returns rows in the format of test.json, and the model's replies.
     """
-    rows, predictions = [], []
+    rows, pairs, no_features = [], [], model.encode_images(None)  # (0, P, D)
     for things in islice(random_scenes(rng, validation=True), count):
         new_rows = [{"type": question_type,
                      "conversations": prompts.make_turns(pair, image_first=True)}
                     for question_type, *pair in questions.one_of_each_type(things, rng)]
         words = patch_words(things, random_boxes(things, rng))
-        prompted, features = [row["conversations"][:1] for row in new_rows], None
+        prompted = [row["conversations"][:1] for row in new_rows]
         if as_prose:
-            prompted = [image_to_prose(turns, things, rng) for turns in prompted]
-        else:  # (questions, P, D)
+            pairs += [(image_to_prose(turns, things, rng), no_features) for turns in prompted]
+        else:
             features = embed_patch_words(model, tokenizer, [words] * len(new_rows), rng)
-        predictions += generate_replies(model, tokenizer, prompted, image_features=features)
+            pairs += zip(prompted, features[:, None])  # (questions, 1, P, D)
         rows += new_rows
-    return rows, predictions
+    replies = dict(generate_replies(model, tokenizer, pairs))
+    return rows, [replies[number] for number in range(len(rows))]

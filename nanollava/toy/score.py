@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
+from ..batching import generate_replies
 from ..benchmarks.report import Exchange, write_report
-from ..chat import generate_replies
+from ..chat import open_llava
 from ..image import open_image
 from ..infra.io import InputError, path_inside
 from ..infra.json_io import read_json
 from ..infra.progress import Progress
 from ..infra.run_log import read_log
 from ..llava import Llava
-from ..tokenizer import Tokenizer, open_tokenizer
+from ..tokenizer import Tokenizer
 
 CARDS = 24  # images in a report
 TURN = {"value": str}
@@ -52,17 +53,14 @@ def answer_rows(model: Llava, tokenizer: Tokenizer, rows: list[dict], images: Pa
                 batch_size: int = 64) -> list[str]:
     """The model's replies to rows of test.json, each with one image of the folder `images`."""
     features = encode_files(model, sorted({row["image"] for row in rows}), images, batch_size)
-    replies = {}
-    # replies of one type are about equally long, so that few rows of a batch wait for others
+    # questions of one type are about equally long, so that little of a batch is padding
     order = sorted(range(len(rows)), key=lambda number: rows[number]["type"])
+    prompts = [(rows[number]["conversations"][:1], features[rows[number]["image"]][None])
+               for number in order]
+    replies = {}
     with Progress(label, len(rows), "questions") as progress:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = [rows[number] for number in numbers]
-            questions = [row["conversations"][:1] for row in batch]
-            image_features = torch.stack([features[row["image"]] for row in batch])
-            texts = generate_replies(model, tokenizer, questions, image_features=image_features)
-            replies.update(zip(numbers, texts))
+        for place, reply in generate_replies(model, tokenizer, prompts, batch_size):
+            replies[order[place]] = reply
             progress.update(len(replies))
     return [replies[number] for number in range(len(rows))]
 
@@ -79,12 +77,13 @@ def encode_files(model: Llava, files: list[str], images: Path,
     return features
 
 
-def evaluate_run(run: Path, data: Path, device: str = "cpu",
-                 limit: int | None = None) -> dict[str, dict[str, float]]:
+def evaluate_run(run: Path, data: Path, device: str | None = "cpu", limit: int | None = None,
+                 quantize: str | None = None) -> dict[str, dict[str, float]]:
     """Evaluate stage2/ of a run, and stage1/ if it exists, on test.json of `data`.
 
     Returns the accuracy in percent, {column: {question type: percent}}, and writes RUN/report.html.
     limit: ask only the first so many questions.
+    quantize: as in `open_llava`.
     """
     rows = read_test(data)
     files = sorted({row["image"] for row in rows})
@@ -96,8 +95,7 @@ def evaluate_run(run: Path, data: Path, device: str = "cpu",
         tests["stage1"] = {"after stage 1": rows}
     replies = {}
     for stage, rows_by_column in tests.items():
-        model = Llava.from_pretrained(run / stage, device=device)
-        tokenizer = open_tokenizer(run / stage, model.config)
+        model, tokenizer = open_llava(run / stage, "float32", device, quantize=quantize)
         for name, column_rows in rows_by_column.items():
             replies[name] = answer_rows(model, tokenizer, column_rows, data / "images", label=name)
     columns = {name: accuracy(rows, replies[name]) for name in replies}

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from nanollava.benchmarks import answers
 from nanollava.benchmarks.answers import answer_all, read_answers
 from nanollava.infra.io import InputError
-from tests.test_chat import FixedReply
 
 
 @pytest.fixture
@@ -24,12 +24,13 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def answer(model, tokenizer, questions, path):
+def answer(model, tokenizer, questions, path, monkeypatch):
     """answer("A cat.") -> the replies of a model that says so, and which questions it is asked."""
 
     def run(reply: str, questions=questions, weights="w") -> tuple[dict, int]:
         before = path.read_text().count("\n") if path.exists() else 0
-        model.generate = FixedReply(*[tokenizer.encode(reply) + [tokenizer.eos_id]] * 2)
+        monkeypatch.setattr(answers, "generate_replies", lambda model, tokenizer, prompts, *_:
+                            ((number, reply) for number, _ in enumerate(prompts)))
         replies = answer_all(model, tokenizer, questions, path, batch_size=2, weights=weights)
         return replies, path.read_text().count("\n") - before
 

@@ -24,8 +24,8 @@ REQUIRED = {  # the arguments without which a command does not start
 }
 VALUES = {**dict.fromkeys(("--workers", "--batch-size", "--limit", "--seeds", "--steps", "--jobs",
                            "--max-reply-tokens"), ["2"]),
-          "--dtype": ["float32"], "--split": ["val"], "--both-orders": [], "--run": ["runs"],
-          "--ensemble": ["gpt"], "--scenes": ["20"]}
+          "--dtype": ["float32"], "--quantize": ["int8"], "--split": ["val"],
+          "--both-orders": [], "--run": ["runs"], "--ensemble": ["gpt"], "--scenes": ["20"]}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def has_no_effect(name: str, flag: str, flags: tuple[str, ...]) -> bool:
     if name in ("toy", "scienceqa", "bench") and flag == "--vision-tower":
         return "--model" not in flags
     if name in ("scienceqa", "bench") and "--model" not in flags:
-        if flag in ("--batch-size", "--dtype", "--device", "--images"):
+        if flag in ("--batch-size", "--dtype", "--device", "--quantize", "--images"):
             return True
     if name == "scienceqa" and "--ensemble" not in flags:
         return flag in ("--gpt", "--base-url", "--workers", "--max-reply-tokens")
@@ -118,7 +118,7 @@ def test_toy_evaluates_a_run_with_controls_and_writes_its_page(command, run_fold
     for stage in ("stage1", "stage2"):
         (tmp_path / stage).symlink_to(run_folder)
     code, out, _ = command("nanollava.evaluate", "toy", "--run", tmp_path, "--data", world,
-                           "--limit", 4, "--device", "cpu")
+                           "--limit", 4, "--device", "cpu", "--quantize", "int8")
     columns = re.split(r"\s{2,}", out.splitlines()[0].strip())
     assert (code, columns) == (0, ["after stage 2", "wrong image", "after stage 1"])
     assert "<img" in (tmp_path / "report.html").read_text()
@@ -162,6 +162,14 @@ def test_scienceqa_scores_a_model(command, scienceqa, run_folder):
     assert code == 0 and "AVG" in out and "2 replies name no option" in error
     assert read_json("out.json")["accuracy"]["AVG"] == 0.0
     assert len((run_folder / "scienceqa-test.jsonl").read_text().splitlines()) == 2
+
+
+def test_scienceqa_keeps_replies_of_quantized_weights_apart(command, scienceqa, run_folder):
+    evaluation = (*scienceqa, "--model", run_folder, "--device", "cpu")
+    for flags, count in ((), 2), (("--quantize", "int8"), 4), ((), 4), (("--quantize", "int8"), 4):
+        code, *_ = command(*evaluation, *flags)
+        rows = (run_folder / "scienceqa-test.jsonl").read_text().splitlines()
+        assert (code, len(rows)) == (0, count)
 
 
 def test_scienceqa_scores_a_file_of_answers(command, scienceqa):

@@ -89,6 +89,23 @@ def test_dtype_is_the_dtype_of_the_weights(command, run_folder, monkeypatch, dty
     assert code == 0 and {str(dtype) for dtype in dtypes} == {f"torch.{dtype}"}
 
 
+def test_quantize_int8_quantizes_the_blocks(command, run_folder, monkeypatch):
+    import sample
+
+    sizes = []
+
+    def stream_reply(model, *_):
+        sizes.append(sum(weight.nbytes for weight in model.language_model.model.layers.buffers()))
+        return iter(["Yes."])
+
+    monkeypatch.setattr(sample, "stream_reply", stream_reply)
+    code, *_ = command("sample", "--model", run_folder, "--prompt", "?", "--quantize", "int8")
+    code, *_ = command("sample", "--model", run_folder, "--prompt", "?")
+    int8 = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)  # two blocks: attention, MLP
+    scales = 4 * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    assert code == 0 and sizes == [int8 + scales, 0]
+
+
 def test_stage_1_model_is_announced(command, run_folder, model, tokenizer):
     model.config.stage = 1
     model.save_pretrained(run_folder, [tokenizer.path])
@@ -126,7 +143,7 @@ FLAGS = {
     "--image": "cat.jpg", "--prompt": "What?", "--model": "run", "--vision-tower": "clip",
     "--temperature": "0.7",
     "--top-p": "0.9", "--max-new-tokens": "5", "--seed": "1", "--dtype": "float32",
-    "--device": "cpu", "--compile": None,
+    "--device": "cpu", "--quantize": "int8", "--compile": None,
 }
 NEED_TEMPERATURE = {"--top-p", "--seed"}
 

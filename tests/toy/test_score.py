@@ -23,9 +23,9 @@ def test_accuracy_is_by_type_and_over_all():
 
 def test_replies_are_in_the_order_of_the_rows(model, tokenizer, world, monkeypatch):
     """Although rows are answered in batches sorted by type, each with the features of its image."""
-    def generate_replies(model, tokenizer, conversations, image_features):
-        return [f"{turns[0]['value']} {features.sum():.4f}"
-                for turns, features in zip(conversations, image_features)]
+    def generate_replies(model, tokenizer, prompts, batch_size):
+        replies = [f"{turns[0]['value']} {features.sum():.4f}" for turns, features in prompts]
+        return reversed(list(enumerate(replies)))  # in the order in which they end
 
     rows = read_json(world / "test.json")
     monkeypatch.setattr(score, "generate_replies", generate_replies)
