@@ -225,9 +225,10 @@ class Llava(nn.Module):
         if image_features is None:
             image_features = self.encode_images(images)
         embeds = self.merge_image_features(tokens, image_features)  # (B, T, D)
-        before = 0 if cache is None else cache.lengths.cpu()  # tokens of each row in the cache
         if cache is None:
             cache = KVCache(self.config.text, B, 0, self.dtype, self.device)
+        # tokens of each row (B,); an empty cache is known without a GPU sync
+        before = cache.lengths.cpu() if cache.num_slots else 0
         cache.grow(cache.num_slots + T + max_new_tokens)
         ended = torch.zeros(B, dtype=torch.bool)
         # the prompts: only the last token of each row predicts
