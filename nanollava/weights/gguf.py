@@ -17,11 +17,10 @@ from ..image import MEAN, STD
 from ..infra.io import InputError, atomic_folder
 from ..tokenizer import Tokenizer
 from .gguf_io import TYPES, Tensor, entry, write_gguf
-from .processor import fill_template, unk_id
+from .processor import chat_template, unk_id
 from .sentencepiece_model import BYTE, USER_DEFINED, read_vocabulary
 
 PROJECTORS = ("linear", "mlp2x_gelu")
-
 
 
 def write_llava(folder: Path, config: dict, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer,
@@ -32,11 +31,14 @@ def write_llava(folder: Path, config: dict, tensors: dict[str, torch.Tensor], to
     dtype: of the matrices, one of TYPES. The rest is in float32.
     class_token: as for `place_positions`. name: what programs call the model.
     Raises InputError if the folder exists or cannot be written, if GGUF cannot express the
-    projector or the vocabulary, or if a weight is too large for the dtype.
+    projector, the template or the vocabulary, or if a weight is too large for the dtype.
     """
     if config["projector"] not in PROJECTORS:
         raise InputError(f"projector {config['projector']!r} cannot be written as GGUF, only "
                          f"{' and '.join(PROJECTORS)}")
+    if config["template"] == "plain":
+        raise InputError("a model with the template 'plain' cannot be written as GGUF: llama.cpp "
+                         "generates nothing directly behind an image")
     words = vocabulary(tokenizer, config["template"])
     parts = {prefix: {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()
                       if name.startswith(f"{prefix}.")}
@@ -155,14 +157,14 @@ def vocabulary(tokenizer: Tokenizer, template: str) -> dict:
         "tokenizer.ggml.unknown_token_id": unk_id(tokenizer),
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": not space,
-        "tokenizer.chat_template": chat_template(
+        "tokenizer.chat_template": gguf_template(
             template, tokenizer.piece(tokenizer.eos_id), space)}
     if stop := TEMPLATES[template].stop:  # text: its last token ends a reply
         fields["tokenizer.ggml.eot_token_id"] = tokenizer.encode(stop)[-1]
     return fields
 
 
-def chat_template(name: str, eos: str, space: str) -> str:
+def gguf_template(name: str, eos: str, space: str) -> str:
     """The chat template. llama.cpp puts a marker in place of each image before it applies it.
 
     llama-server gives a list of parts, and has a random marker. llama-mtmd-cli gives a text with
@@ -170,16 +172,9 @@ def chat_template(name: str, eos: str, space: str) -> str:
     space: what begins a stretch of text behind BOS, EOS or an image.
     """
     begin, marker = json.dumps(space), json.dumps(MARKER)
-    if name == "plain":  # only the images, and a space for the caption
-        return fill_template(
-            name, eos, space, string=f"{marker} * (content.split({marker}) | length - 1)",
-            part='"" if part["type"] == "text" else part["text"]',
-            question='content.replace("\\n", "")', before_question='""', after_question=begin)
-    return fill_template(
-        name, eos, space, string=f'content.replace({marker} ~ "\\n", {marker})'
-                                 f'.replace({marker}, {marker} ~ {begin} ~ "\\n")',
-        part=f'part["text"] if part["type"] == "text" else part["text"] ~ {begin}',
-        question="content", before_question="state.space", after_question='" "')
+    string = f'content.replace({marker} ~ "\\n", {marker})'
+    string += f'.replace({marker}, {marker} ~ {begin} ~ "\\n")'
+    return chat_template(name, eos, space, string, image=f'part["text"] ~ {begin}')
 
 
 # ---------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 {%- if content is string -%}{{- $string -}}{%- else -%}
 {%- for part in content -%}
 {{- "" if loop.first else "\n" -}}
-{{- $part -}}
+{{- part["text"] if part["type"] == "text" else $image -}}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
@@ -167,9 +167,9 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 {%- set state.before = "" -%}
 {%- set state.system = "" -%}
 {%- if content -%}
-{{- $before_question -}}
+{{- "" if content.startswith($image_token) else state.space -}}
 {{- content -}}
-{%- set state.space = $after_question -%}
+{%- set state.space = "" if content.endswith($image_token) else " " -%}
 {%- endif -%}
 {%- endif -%}
 {%- endfor -%}
@@ -177,32 +177,24 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 """)
 
 
-def fill_template(name: str, eos: str, space: str, **code: str) -> str:
-    """CHAT_TEMPLATE for a template of `conversation`.
-
-    space: what is written where a stretch follows BOS or EOS.
-    code: what differs between programs, as Jinja expressions.
-    """
-    words = TEMPLATES[name]
-    stop = json.dumps(eos) if words.stop is None else f"state.space ~ {json.dumps(words.stop)}"
-    return CHAT_TEMPLATE.substitute(
-        code, system=json.dumps(words.system), user=json.dumps(words.user),
-        assistant=json.dumps(words.assistant), stop=stop, space=json.dumps(space),
-        after_stop=json.dumps(space if words.stop is None else " "))
-
-
-def chat_template(name: str, eos: str) -> str:
+def chat_template(name: str, eos: str, space: str = "", string: str = "content",
+                  image: str = json.dumps(IMAGE_TOKEN)) -> str:
     """The content of chat_template.jinja. Messages are OpenAI's, their parts are joined by lines;
-    a system message begins the first question, as in serve/."""
-    image = json.dumps(IMAGE_TOKEN)
+    a system message begins the first question, as in serve/.
+
+    space: what is written where a stretch follows BOS or EOS. string, image: Jinja for a `content`
+    that is a string, and for a `part` that is an image. The defaults are those of transformers.
+    """
+    words, token = TEMPLATES[name], json.dumps(IMAGE_TOKEN)
+    stop = json.dumps(eos) if words.stop is None else f"state.space ~ {json.dumps(words.stop)}"
     # "plain" has no questions, only their images
-    only_images = f"{image} * (content.split({image}) | length - 1)"
-    return fill_template(
-        name, eos, space="", string="content",
-        part=f'part["text"] if part["type"] == "text" else {image}',
-        question=only_images if name == "plain" else "content",
-        before_question=f'"" if content.startswith({image}) else state.space',
-        after_question=f'"" if content.endswith({image}) else " "')
+    only_images = f"{token} * (content.split({token}) | length - 1)"
+    return CHAT_TEMPLATE.substitute(
+        string=string, image=image, image_token=token, space=json.dumps(space),
+        system=json.dumps(words.system), user=json.dumps(words.user),
+        assistant=json.dumps(words.assistant), stop=stop,
+        after_stop=json.dumps(space if words.stop is None else " "),
+        question=only_images if name == "plain" else "content")
 
 
 # ---------------------------------------------------------------------------------------------
