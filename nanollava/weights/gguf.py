@@ -7,7 +7,6 @@ The names of fields and tensors are those in llama.cpp's src/llama-arch.cpp and
 tools/mtmd/clip-impl.h.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -171,7 +170,7 @@ def gguf_template(name: str, eos: str, space: str) -> str:
     MARKER, and no line end between an image and the question.
     space: what begins a stretch of text behind BOS, EOS or an image.
     """
-    begin, marker = json.dumps(space), json.dumps(MARKER)
+    begin, marker = f'"{space}"', f'"{MARKER}"'
     string = f'content.replace({marker} ~ "\\n", {marker})'
     string += f'.replace({marker}, {marker} ~ {begin} ~ "\\n")'
     return chat_template(name, eos, space, string, image=f'part["text"] ~ {begin}')

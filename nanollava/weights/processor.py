@@ -186,14 +186,15 @@ def chat_template(name: str, eos: str, space: str = "", string: str = "content",
     that is a string, and for a `part` that is an image. The defaults are those of transformers.
     """
     words, token = TEMPLATES[name], json.dumps(IMAGE_TOKEN)
+    space = json.dumps(space, ensure_ascii=False)  # llama.cpp's Jinja knows no \u2581
     stop = json.dumps(eos) if words.stop is None else f"state.space ~ {json.dumps(words.stop)}"
     # "plain" has no questions, only their images
     only_images = f"{token} * (content.split({token}) | length - 1)"
     return CHAT_TEMPLATE.substitute(
-        string=string, image=image, image_token=token, space=json.dumps(space),
+        string=string, image=image, image_token=token, space=space,
         system=json.dumps(words.system), user=json.dumps(words.user),
         assistant=json.dumps(words.assistant), stop=stop,
-        after_stop=json.dumps(space if words.stop is None else " "),
+        after_stop=space if words.stop is None else '" "',
         question=only_images if name == "plain" else "content")
 
 

@@ -182,6 +182,9 @@ def test_other_types_compute_nearly_the_same(model, tokenizer, write, dtype):
     expected = model.encode_images(pixels)[0].detach().numpy()
     features = image_features(vision_fields, vision, pixels[0].numpy(), "first")
     assert largest_difference(features, expected) < 0.02
+    assert np.isin(vision["mm.2.weight"], (-1, 0, 1)).all()  # the identity is exact
+    positions = model.vision_tower.embeddings.position_embedding.weight.detach().numpy()
+    assert (vision["v.position_embd.weight"] == positions).all()
 
 
 def test_rows_follow_the_vocabulary(model, tokenizer, write):
@@ -288,6 +291,7 @@ def test_question_of_llama_mtmd_cli_begins_a_line(model, tokenizer, write):
     chat = jinja2.Environment().from_string(fields["tokenizer.chat_template"])
     texts = [chat.render(messages=[{"role": "user", "content": f"<__media__>{space}Who?"}])
              for space in ("", "\n")]
+    assert "\\u" not in fields["tokenizer.chat_template"]  # llama.cpp's Jinja refuses it
     assert texts[0] == texts[1] and texts[0].endswith("USER: <__media__>▁\nWho?")
 
 
