@@ -167,13 +167,16 @@ def gguf_template(name: str, eos: str, space: str) -> str:
     """The chat template. llama.cpp puts a marker in place of each image before it applies it.
 
     llama-server gives a list of parts, and has a random marker. llama-mtmd-cli gives a text with
-    MARKER, and no line end between an image and the question.
+    MARKER, and no line end between an image and the question. llama-cpp-python gives a list of
+    parts, of which MARKER is a text.
     space: what begins a stretch of text behind BOS, EOS or an image.
     """
     begin, marker = f'"{space}"', f'"{MARKER}"'
-    string = f'content.replace({marker} ~ "\\n", {marker})'
-    string += f'.replace({marker}, {marker} ~ {begin} ~ "\\n")'
-    return chat_template(name, eos, space, string, image=f'part["text"] ~ {begin}')
+    return chat_template(
+        name, eos, space, string=f'content.replace({marker} ~ "\\n", {marker})'
+                                 f'.replace({marker}, {marker} ~ {begin} ~ "\\n")',
+        text=f'part["text"].replace({marker}, {marker} ~ {begin})',
+        image=f'part["text"] ~ {begin}')
 
 
 # ---------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 {%- if content is string -%}{{- $string -}}{%- else -%}
 {%- for part in content -%}
 {{- "" if loop.first else "\n" -}}
-{{- part["text"] if part["type"] == "text" else $image -}}
+{{- $text if part["type"] == "text" else $image -}}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
@@ -178,12 +178,13 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 
 
 def chat_template(name: str, eos: str, space: str = "", string: str = "content",
-                  image: str = json.dumps(IMAGE_TOKEN)) -> str:
+                  text: str = 'part["text"]', image: str = json.dumps(IMAGE_TOKEN)) -> str:
     """The content of chat_template.jinja. Messages are OpenAI's, their parts are joined by lines;
     a system message begins the first question, as in serve/.
 
-    space: what is written where a stretch follows BOS or EOS. string, image: Jinja for a `content`
-    that is a string, and for a `part` that is an image. The defaults are those of transformers.
+    space: what is written where a stretch follows BOS or EOS. string, text, image: Jinja for a
+    `content` that is a string, for a `part` that is text, and for one that is an image. The
+    defaults are those of transformers.
     """
     words, token = TEMPLATES[name], json.dumps(IMAGE_TOKEN)
     space = json.dumps(space, ensure_ascii=False)  # llama.cpp's Jinja knows no \u2581
@@ -191,7 +192,7 @@ def chat_template(name: str, eos: str, space: str = "", string: str = "content",
     # "plain" has no questions, only their images
     only_images = f"{token} * (content.split({token}) | length - 1)"
     return CHAT_TEMPLATE.substitute(
-        string=string, image=image, image_token=token, space=space,
+        string=string, text=text, image=image, image_token=token, space=space,
         system=json.dumps(words.system), user=json.dumps(words.user),
         assistant=json.dumps(words.assistant), stop=stop,
         after_stop=space if words.stop is None else '" "',

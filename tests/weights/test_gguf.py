@@ -257,16 +257,17 @@ CONVERSATIONS = (
 
 @pytest.mark.parametrize("template", ("vicuna_v1", "v0"))
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("marker", ("<__media__>", "<__media_x__>"))
-def test_conversations_have_the_same_tokens(model, write, template, vocabulary, marker):
+@pytest.mark.parametrize("program", ("llama-server", "llama-mtmd-cli", "llama-cpp-python"))
+def test_conversations_have_the_same_tokens(model, write, template, vocabulary, program):
     tokenizer, model.config.template = Tokenizer(VOCABULARIES[vocabulary]), template
     (fields, _), _ = write(model, tokenizer)
     chat = jinja2.Environment().from_string(fields["tokenizer.chat_template"])
+    marker = "<__media_x__>" if program == "llama-server" else "<__media__>"
     for texts in CONVERSATIONS:
         turns = [{"from": ("human", "gpt")[number % 2], "value": text}
                  for number, text in enumerate(texts)]
         expected, _ = tokenize_conversation(turns, tokenizer, template, 2, 999)
-        text = chat.render(messages=[message(turn, marker) for turn in turns],
+        text = chat.render(messages=[message(turn, marker, program) for turn in turns],
                            add_generation_prompt=len(texts) % 2 == 1)
         tokens = [tokenizer.bos_id]
         for number, stretch in enumerate(text.split(marker)):
@@ -275,14 +276,15 @@ def test_conversations_have_the_same_tokens(model, write, template, vocabulary, 
         assert tokens == expected, text
 
 
-def message(turn, marker):
-    """As llama-server does: images are parts. llama-mtmd-cli has only text, and this marker."""
-    role = "user" if turn["from"] == "human" else "assistant"
-    if marker == "<__media__>":
+def message(turn, marker, program):
+    """What the program gives to the template: a text or parts."""
+    if turn["from"] == "gpt" or program == "llama-mtmd-cli":
+        role = "user" if turn["from"] == "human" else "assistant"
         return {"role": role, "content": turn["value"].replace("<image>", marker)}
-    parts = [{"type": "media_marker", "text": marker} if line == "<image>" else
-             {"type": "text", "text": line} for line in turn["value"].split("\n")]
-    return {"role": role, "content": parts if role == "user" else turn["value"]}
+    kind = "media_marker" if program == "llama-server" else "text"
+    return {"role": "user", "content": [
+        {"type": kind, "text": marker} if line == "<image>" else {"type": "text", "text": line}
+        for line in turn["value"].split("\n")]}
 
 
 def test_question_of_llama_mtmd_cli_begins_a_line(model, tokenizer, write):
