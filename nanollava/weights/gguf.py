@@ -8,6 +8,7 @@ tools/mtmd/clip-impl.h.
 """
 
 from pathlib import Path
+from string import Template
 
 import torch
 
@@ -126,7 +127,20 @@ def resize(embeddings: torch.Tensor, rows: int, unk: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------
 # The vocabulary and the chat template
 
-MARKER = "<__media__>"  # llama.cpp's place of an image
+# llama.cpp puts a marker into the text in place of each image: <__media__>, or one with random
+# letters behind "media". No line end separates it from the text around it; the template adds them.
+IMAGE_LINES = Template(r"""{%- macro image_lines(content) -%}
+{%- for piece in content.split("<__media") -%}
+{%- set text = piece if loop.first else (piece.split("__>")[1:] | join("__>")) -%}
+{%- if not loop.first -%}
+{{- "<__media" ~ piece.split("__>")[0] ~ "__>$space" -}}
+{{- "" if not text or text.startswith("\n") else "\n" -}}
+{%- endif -%}
+{{- text -}}
+{{- "" if loop.last or text.endswith("\n") or (loop.first and not text) else "\n" -}}
+{%- endfor -%}
+{%- endmacro -%}
+""")
 
 
 def vocabulary(tokenizer: Tokenizer, template: str) -> dict:
@@ -164,19 +178,14 @@ def vocabulary(tokenizer: Tokenizer, template: str) -> dict:
 
 
 def gguf_template(name: str, eos: str, space: str) -> str:
-    """The chat template. llama.cpp puts a marker in place of each image before it applies it.
+    """The chat template. Messages are texts, as llama-server and llama-mtmd-cli give them, or lists
+    of texts, from llama-cpp-python.
 
-    llama-server gives a list of parts, and has a random marker. llama-mtmd-cli gives a text with
-    MARKER, and no line end between an image and the question. llama-cpp-python gives a list of
-    parts, of which MARKER is a text.
     space: what begins a stretch of text behind BOS, EOS or an image.
     """
-    begin, marker = f'"{space}"', f'"{MARKER}"'
-    return chat_template(
-        name, eos, space, string=f'content.replace({marker} ~ "\\n", {marker})'
-                                 f'.replace({marker}, {marker} ~ {begin} ~ "\\n")',
-        text=f'part["text"].replace({marker}, {marker} ~ {begin})',
-        image=f'part["text"] ~ {begin}')
+    part = 'image_lines(part["text"])'
+    return IMAGE_LINES.substitute(space=space) + chat_template(
+        name, eos, space, string="image_lines(content)", text=part, image=part)
 
 
 # ---------------------------------------------------------------------------------------------
