@@ -299,8 +299,8 @@ def add_gguf_arguments(add) -> None:
     add("--type", choices=("float32", "float16", "bfloat16", "q8_0"), default="float16",
         help="of the matrices; q8_0 rounds to 8 bits (default: %(default)s)")
     add("--class-token", choices=("last", "first"), default="last",
-        help="where llama.cpp puts the ViT's class token: last since May 2025, which is a bug; "
-        "first before that and when it is mended (default: %(default)s)")
+        help="where llama.cpp puts the ViT's class token: last since May 2025, a bug; first where "
+        "that is mended (default: %(default)s)")
 
 
 def write_gguf(arguments) -> None:
