@@ -156,8 +156,9 @@ def vocabulary(tokenizer: Tokenizer, template: str) -> dict:
     kinds = {kind for _, _, kind in pieces}  # GGUF has the same numbers
     if BYTE not in kinds:
         pieces += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
-    # llama.cpp finds user-defined pieces in the text as it is, and can put a ▁ in front of a
-    # stretch, but does so behind each such piece too. Where there are any, the template writes ▁.
+    # llama.cpp finds user-defined pieces in the text before spaces become ▁. It can put a ▁ in
+    # front of each stretch, but takes such a piece for the end of one, and puts a ▁ behind it too.
+    # Where there are any, it puts none, and the template writes them.
     space = "▁" if USER_DEFINED in kinds else ""
     fields = {
         "tokenizer.ggml.model": "llama",
@@ -235,10 +236,10 @@ def vision_tensors(tensors: dict[str, torch.Tensor], blocks: int, class_token: s
 def place_positions(positions: torch.Tensor, class_token: str) -> torch.Tensor:
     """Position embeddings in the order of llama.cpp's tokens, the class token "first" or "last".
 
-    In CLIP it is the first, and so in llama.cpp until May 2025 (pull request 13321). Since then it
-    is the last, but llama.cpp still drops the first token as the class token: the LLM gets
-    the class token and not the top left patch (issue 25814; pull request 25844 mends it). With
-    "last", at least each patch has its own position.
+    In CLIP it is the first. In llama.cpp it is the last since May 2025 (pull request 13321), but
+    the first token is still dropped in its place: the language model gets the class token instead
+    of the top left patch (issue 25814, mended by pull request 25844). With "last", at least each
+    patch has its own position.
     """
     return positions if class_token == "first" else positions.roll(-1, dims=0)
 
@@ -246,8 +247,7 @@ def place_positions(positions: torch.Tensor, class_token: str) -> torch.Tensor:
 def projector_tensors(tensors: dict[str, torch.Tensor], dtype: str) -> list[Tensor]:
     """The projector: two layers, between which llama.cpp always applies GELU.
 
-    A linear one is exact all the same. x = GELU(x) - GELU(-x), so the layers are [W; -W] and
-    [I, -I].
+    A linear one is exact all the same: x = GELU(x) - GELU(-x), with the layers [W; -W] and [I, -I].
     """
     weight, bias = tensors["linear_1.weight"], tensors["linear_1.bias"]
     if "linear_2.weight" in tensors:

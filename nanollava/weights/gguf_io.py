@@ -29,6 +29,7 @@ class Tensor(NamedTuple):
 
 
 def entry(name: str, data: torch.Tensor, dtype: str, shape: torch.Size | None = None) -> Tensor:
+    """A Tensor with this shape (None: that of `data`), in float32 if it is no matrix."""
     shape = data.shape if shape is None else shape
     if len(shape) != 2:  # what is not multiplied stays exact, and llama.cpp expects float32
         dtype = "float32"
@@ -65,8 +66,7 @@ def string(text: str) -> bytes:
 
 
 def value(field) -> bytes:
-    """The number of a type, and a field: bool, int, float, str, or a list of one of the last three.
-    """
+    """A field behind the number of its type: bool, int, float, str, or a list of int, float, str."""
     if isinstance(field, str):
         return struct.pack("<I", 8) + string(field)
     if not isinstance(field, list):
