@@ -66,7 +66,7 @@ def string(text: str) -> bytes:
 
 
 def value(field) -> bytes:
-    """A field behind the number of its type: bool, int, float, str, or a list of int, float, str."""
+    """A field behind the number of its type: bool, int, float, str, or a list of the last three."""
     if isinstance(field, str):
         return struct.pack("<I", 8) + string(field)
     if not isinstance(field, list):
