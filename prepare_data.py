@@ -6,6 +6,7 @@
     python prepare_data.py instruct --captions captions_train2017.json \\
         --kind conversation --limit 100 --out conversation.json      # needs OPENAI_API_KEY
     python prepare_data.py weights llava-hf/llava-1.5-7b-hf    # download public weights
+    python prepare_data.py gguf runs/toy/stage2 --out gguf     # for llama.cpp
 """
 
 from nanollava.infra.start import start
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
 import random
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from nanollava import conversation
@@ -25,6 +27,7 @@ from nanollava.infra.io import InputError, check_not_input
 from nanollava.infra.json_io import read_json_list, write_json
 from nanollava.infra.shapes import check_shape
 from nanollava.infra.progress import print0
+from nanollava.settings import add_vision_tower
 from nanollava.teacher import prompts
 from nanollava.teacher.api import OPENAI, Chat
 from nanollava.teacher.captions import write_pretrain
@@ -290,6 +293,32 @@ def download_weights(arguments) -> None:
     print(out)
 
 
+def add_gguf_arguments(add) -> None:
+    add("model", type=Path, metavar="RUN", help="folder of a LLaVA")
+    add_vision_tower(add)
+    add("--out", type=out_folder, required=True,
+        help="folder to write: model.gguf (language model) and mmproj.gguf (vision, projector)")
+    add("--type", choices=("float32", "float16", "bfloat16", "q8_0"), default="float16",
+        help="of the matrices; q8_0 rounds to 8 bits (default: %(default)s)")
+    add("--class-token", choices=("last", "first"), default="last",
+        help="where llama.cpp puts the ViT's class token: last since May 2025, a bug; first where "
+        "that is mended (default: %(default)s)")
+
+
+def write_gguf(arguments) -> None:
+    """Write a LLaVA for llama.cpp, Ollama and LM Studio."""
+    from nanollava.llava import Llava  # these import torch
+    from nanollava.tokenizer import open_tokenizer
+    from nanollava.weights import gguf
+
+    model = Llava.from_pretrained(arguments.model, dtype=None, vision_tower=arguments.vision_tower)
+    tokenizer = open_tokenizer(arguments.model, model.config)
+    name = arguments.model.resolve().name
+    gguf.write_llava(arguments.out, asdict(model.config), model.state_dict(), tokenizer,
+                     arguments.type, arguments.class_token, name)
+    print(arguments.out)
+
+
 COMMANDS = {
     "toy": (add_toy_arguments, draw_toy_world),
     "toy-scienceqa": (add_toy_scienceqa_arguments, draw_toy_problems),
@@ -299,6 +328,7 @@ COMMANDS = {
     "scienceqa": (add_scienceqa_arguments, convert_scienceqa),
     "stats": (add_stats_arguments, print_stats),
     "weights": (add_weights_arguments, download_weights),
+    "gguf": (add_gguf_arguments, write_gguf),
 }
 
 

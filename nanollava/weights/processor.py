@@ -14,7 +14,6 @@ itself uses, and nanollava never reads them.
 
 import json
 import re
-import struct
 from pathlib import Path
 from string import Template
 
@@ -24,72 +23,11 @@ from ..infra.io import atomic_write
 from ..infra.json_io import write_json
 from ..infra.progress import print0
 from ..tokenizer import Tokenizer
+from .sentencepiece_model import NORMAL, USER_DEFINED, read_vocabulary
 
 FILES = {"preprocessor_config.json", "processor_config.json", "tokenizer.json",
          "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-
-# ---------------------------------------------------------------------------------------------
-# tokenizer.model is a protocol buffer: sentencepiece_model.proto in the SentencePiece sources. The
-# Python package tells neither which pieces are user-defined nor how text is normalized.
-
-NORMAL, USER_DEFINED, UNUSED = 1, 4, 5  # ModelProto.SentencePiece.Type
-BPE = 2  # TrainerSpec.ModelType
 END_OF_TEXT = "<|endoftext|>"  # CLIP's
-
-
-def read_message(data: bytes) -> dict[int, list]:
-    """The fields of a protobuf message, {number: values}: int, or bytes still to be decoded.
-
-    https://protobuf.dev/programming-guides/encoding
-    """
-    fields, position = {}, 0
-
-    def varint() -> int:
-        """7 bits a byte, the lowest first; the 8th bit says that more follow."""
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte, position = data[position], position + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(data):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            value = varint()
-        else:
-            size = {1: 8, 5: 4}.get(wire_type) or varint()
-            value, position = data[position : position + size], position + size
-        fields.setdefault(number, []).append(value)
-    return fields
-
-
-def read_pieces(model: dict[int, list]) -> list[tuple[str, float, int]]:
-    """(text, score, type) of each piece of a ModelProto; its number in the list is its token."""
-    pieces = []
-    for fields in map(read_message, model[1]):
-        score = struct.unpack("<f", fields.get(2, [bytes(4)])[0])[0]
-        pieces.append((fields[1][0].decode(), score, fields.get(3, [NORMAL])[0]))
-    return pieces
-
-
-def unsupported(model: dict[int, list], pieces: list[tuple[str, float, int]]) -> str | None:
-    """Why tokenizer.json cannot express a ModelProto, or None. LLaMA's vocabularies all fit."""
-    trainer, normalizer = (read_message(model.get(field, [b""])[0]) for field in (2, 3))
-    if trainer.get(3) != [BPE]:
-        return "it is not a BPE model"
-    if trainer.get(24, [0]) != [0]:
-        return "it has spaces as suffixes"
-    if normalizer.get(2, [b""]) != [b""]:
-        return f"it normalizes text: {normalizer[1][0].decode()}"
-    # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces; absent means true
-    if [normalizer.get(field, [1]) for field in (3, 4, 5)] != [[1], [0], [1]]:
-        return "it treats spaces in another way than LLaMA's"
-    if any(kind == UNUSED for _, _, kind in pieces):
-        return "it has unused pieces"
-
 
 # ---------------------------------------------------------------------------------------------
 # tokenizer.json
@@ -152,9 +90,8 @@ def tokenizer_json(tokenizer: Tokenizer, added: dict[int, str],
 
     added: special tokens past the vocabulary, {id: text}.
     """
-    model = read_message(Path(tokenizer.path).read_bytes())
-    pieces = read_pieces(model)
-    if reason := unsupported(model, pieces):
+    pieces, reason = read_vocabulary(tokenizer)
+    if reason:
         print0(f"no tokenizer.json is written for {tokenizer.path}: {reason}")
         return None
     special = {token: tokenizer.piece(token)
@@ -202,14 +139,14 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int, **fields) -> dict:
 
 
 CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
-{%- if content is string -%}{{- content -}}{%- else -%}
+{%- if content is string -%}{{- $string -}}{%- else -%}
 {%- for part in content -%}
 {{- "" if loop.first else "\n" -}}
-{{- part["text"] if part["type"] == "text" else $image -}}
+{{- $text if part["type"] == "text" else $image -}}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
-{%- set state = namespace(before="", system=$system, space="") -%}
+{%- set state = namespace(before="", system=$system, space=$space) -%}
 {%- for message in messages -%}
 {%- set content = join(message["content"]) -%}
 {%- if message["role"] in ["system", "developer"] -%}
@@ -230,9 +167,9 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 {%- set state.before = "" -%}
 {%- set state.system = "" -%}
 {%- if content -%}
-{{- "" if content.startswith($image) else state.space -}}
+{{- "" if content.startswith($image_token) else state.space -}}
 {{- content -}}
-{%- set state.space = "" if content.endswith($image) else " " -%}
+{%- set state.space = "" if content.endswith($image_token) else " " -%}
 {%- endif -%}
 {%- endif -%}
 {%- endfor -%}
@@ -240,17 +177,25 @@ CHAT_TEMPLATE = Template(r"""{%- macro join(content) -%}
 """)
 
 
-def chat_template(name: str, eos: str) -> str:
+def chat_template(name: str, eos: str, space: str = "", string: str = "content",
+                  text: str = 'part["text"]', image: str = json.dumps(IMAGE_TOKEN)) -> str:
     """The content of chat_template.jinja. Messages are OpenAI's, their parts are joined by lines;
-    a system message begins the first question, as in serve/."""
-    words, image = TEMPLATES[name], json.dumps(IMAGE_TOKEN)
+    a system message begins the first question, as in serve/.
+
+    space: what is written where a stretch follows BOS or EOS. string, text, image: Jinja for a
+    `content` that is a string, for a `part` that is text, and for one that is an image. The
+    defaults are those of transformers.
+    """
+    words, token = TEMPLATES[name], json.dumps(IMAGE_TOKEN)
+    space = json.dumps(space, ensure_ascii=False)  # llama.cpp's Jinja knows no \u2581
     stop = json.dumps(eos) if words.stop is None else f"state.space ~ {json.dumps(words.stop)}"
     # "plain" has no questions, only their images
-    only_images = f"{image} * (content.split({image}) | length - 1)"
+    only_images = f"{token} * (content.split({token}) | length - 1)"
     return CHAT_TEMPLATE.substitute(
-        image=image, system=json.dumps(words.system), user=json.dumps(words.user),
+        string=string, text=text, image=image, image_token=token, space=space,
+        system=json.dumps(words.system), user=json.dumps(words.user),
         assistant=json.dumps(words.assistant), stop=stop,
-        after_stop=json.dumps("" if words.stop is None else " "),
+        after_stop=space if words.stop is None else '" "',
         question=only_images if name == "plain" else "content")
 
 

@@ -44,6 +44,7 @@ FLAGS = {
     "scienceqa": ({"--split": "val", "--order": "answer-first"}, ["--data", "x", "--out", "x"]),
     "stats": ({}, ["x"]),
     "weights": ({"--revision": "x", "--out": "x"}, ["a/b"]),
+    "gguf": ({"--type": "q8_0", "--class-token": "first"}, ["x", "--out", "x"]),
 }
 PAIRS = [(name, pair) for name, (flags, _) in FLAGS.items() for pair in combinations(flags, 2)]
 
@@ -304,3 +305,41 @@ def test_captions_reports_what_it_leaves_out(command, coco, tmp_path):
     coco[0].write_text(json.dumps(content))
     _, _, error = command("prepare_data", "captions", "--captions", coco[0], "--out", "out.json")
     assert "left out: 1 annotations of images that are not listed\n" in error
+
+
+# ---------------------------------------------------------------------------------------------
+# gguf
+
+
+@pytest.fixture
+def run_folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "run", [tokenizer.path])
+    return tmp_path / "run"
+
+
+def test_gguf_writes_two_files_once(command, error_of, run_folder, tmp_path):
+    arguments = "prepare_data", "gguf", run_folder, "--out", tmp_path / "gguf", "--type", "q8_0"
+    assert command(*arguments) == (0, f"{tmp_path / 'gguf'}\n", "")
+    files = {path.name: path.stat().st_size for path in (tmp_path / "gguf").iterdir()}
+    assert files.keys() == {"model.gguf", "mmproj.gguf"}
+    assert "gguf exists already" in error_of(*arguments)
+
+
+def test_gguf_refuses_what_is_no_llava(error_of, run_folder, tmp_path):
+    arguments = "--out", tmp_path / "gguf"
+    assert "no model folder at nowhere" in error_of("prepare_data", "gguf", "nowhere", *arguments)
+    llama = ROOT / "assets" / "toy-llama"
+    assert "toy-llama" in error_of("prepare_data", "gguf", llama, *arguments)
+    (run_folder / "tokenizer.model").unlink()
+    assert "no tokenizer at" in error_of("prepare_data", "gguf", run_folder, *arguments)
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_gguf_leaves_nothing_on_a_full_disk(error_of, run_folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanollava.weights.gguf_io.encode", fail)
+    error = error_of("prepare_data", "gguf", run_folder, "--out", tmp_path / "gguf")
+    assert error.endswith("gguf: No space left on device\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

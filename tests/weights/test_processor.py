@@ -91,17 +91,6 @@ def test_tokenizer_json_encodes_like_sentencepiece(vocabulary):
         assert encode(content, text) == tokenizer.encode(text), repr(text)
 
 
-def test_pieces_are_what_sentencepiece_reads(tokenizer):
-    pieces = processor.read_pieces(processor.read_message(tokenizer.path.read_bytes()))
-    assert len(pieces) == len(tokenizer)
-    for token, (text, score, _) in enumerate(pieces):
-        assert text == tokenizer.piece(token)
-        assert score == tokenizer.sentencepiece.get_score(token)
-    kinds = {text: kind for text, _, kind in pieces}
-    assert kinds["\n"] == kinds["▁at▁the▁top"] == processor.USER_DEFINED
-    assert kinds["▁cat"] == processor.NORMAL
-
-
 def test_saved_llava_has_all_files(model, tokenizer, tmp_path):
     model.config.template = "v0"
     model.save_pretrained(tmp_path, [tokenizer.path])
