@@ -44,7 +44,8 @@ FLAGS = {
     "scienceqa": ({"--split": "val", "--order": "answer-first"}, ["--data", "x", "--out", "x"]),
     "stats": ({}, ["x"]),
     "weights": ({"--revision": "x", "--out": "x"}, ["a/b"]),
-    "gguf": ({"--type": "q8_0", "--class-token": "first"}, ["x", "--out", "x"]),
+    "gguf": ({"--type": "q8_0", "--class-token": "first", "--vision-tower": "x"},
+             ["x", "--out", "x"]),
 }
 PAIRS = [(name, pair) for name, (flags, _) in FLAGS.items() for pair in combinations(flags, 2)]
 
