@@ -58,7 +58,7 @@ def add_model_flags(add) -> None:
         help="0 makes the toy CLIP and LLaMA (default: stages 1 and 2 of the toy run, if missing)")
     add("--small-llm", action="store_true", help="stage 0: a smaller LLaMA, for the ablations")
     add("--vision-tower", type=Path, help="folder of a CLIP (default: assets/toy-clip); with "
-        "--model, for one of the original LLaVA code that lacks its own")
+        "--model, for a LLaVA of the original code that lacks its own")
     add("--llm", type=Path, help="folder of a LLaMA (default: assets/toy-llama)")
     add("--model", type=Path, help="folder of a LLaVA to continue from, instead of a new one "
         "(default for stage 2: runs/toy/stage1)")
@@ -252,7 +252,7 @@ def train_stage(settings: Settings) -> None:
     print0(f"stage {settings.stage}: {len(dataset)} rows, {epochs:.3g} epochs, {num_steps} steps "
            f"of {settings.batch_size} rows, learning rate {settings.lr:g}")
 
-    with explain_errors(dataset, rows):
+    with name_diverged_rows(dataset, rows):
         # 3. what is trained, on which device, in which dtype
         prepare_model(model, settings)
         optimizers = adamw(model, settings.lr)
@@ -389,21 +389,18 @@ def check_finished(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def explain_errors(dataset: Conversations, rows: list[list[int]]):
-    """Name the rows of a step that diverged, and what to do if a GPU is too small."""
+def name_diverged_rows(dataset: Conversations, rows: list[list[int]]):
+    """Name the rows of a step that diverged."""
     try:
         yield
     except DivergedError as error:
         names = "; ".join(map(dataset.name, rows[error.step]))
         raise InputError(f"{error}; train again with a lower --lr in another --out. Its rows: "
                          f"{names}") from error
-    except torch.OutOfMemoryError as error:
-        raise InputError("out of GPU memory: lower --micro-batch-size, train without "
-                         "--no-gradient-checkpointing, on more GPUs or with --lora-rank, and see "
-                         "--plan") from error
 
 
 if __name__ == "__main__":
-    with one_line_errors("lower --micro-batch-size; train.py --plan counts what a model needs"):
+    with one_line_errors("lower --micro-batch-size, leave out --no-gradient-checkpointing, use "
+                         "--lora-rank or more GPUs; train.py --plan counts what a model needs"):
         main(arguments)
         distributed.shutdown()

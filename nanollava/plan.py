@@ -184,7 +184,7 @@ def plan(config: LlavaConfig, stage: int, gpus: int, batch_size: int, epochs: fl
         f"parameters      {count_parameters(model) / 1e9:.2f} billion, "
         f"{count_parameters(model, trainable_only=True) / 1e6:,.1f} million of them trainable",
         f"memory per GPU  {sum(parts.values()) / 2**30:.1f} GiB, and about {CUDA_GIB} for CUDA, "
-        f"with {rows} rows at a time of up to {longest} tokens:",
+        f"with {count_rows(rows)} at a time of up to {longest} tokens:",
         *(f"                {part / 2**30:6.1f} GiB  {name}" for name, part in parts.items()),
         f"fits            {'; '.join(what_fits(memory, card, share) for card in CARDS)}",
         f"compute         {flops / 1e12:,.0f} TFLOP per step of {batch_size} rows with {average} "
@@ -200,7 +200,11 @@ def what_fits(memory, card: int, share: int) -> str:
     """The largest micro-batch, up to `share` rows, on a GPU of `card` GiB. memory: of rows."""
     room = (card - CUDA_GIB) * 2**30
     fitting = [rows for rows in range(1, share + 1) if sum(memory(rows).values()) <= room]
-    return f"{card} GB: " + (f"{max(fitting)} rows at a time" if fitting else "nothing")
+    return f"{card} GB: " + (f"{count_rows(max(fitting))} at a time" if fitting else "nothing")
+
+
+def count_rows(number: int) -> str:
+    return f"{number} row{'s' * (number > 1)}"
 
 
 def describe_communication(num_bytes: float, seconds: float) -> list[str]:

@@ -170,7 +170,7 @@ def add_model_flags(add, **options) -> None:
 
 def add_vision_tower(add) -> None:
     add("--vision-tower", type=Path,
-        help="folder of the CLIP, for a --model of the original LLaVA code that lacks its own")
+        help="folder of the CLIP, for a LLaVA of the original code that lacks its own")
 
 
 def add_quantize(add) -> None:

@@ -237,7 +237,8 @@ def test_model_that_does_not_fit_the_gpu_is_one_line(command, parts, world, monk
 
     monkeypatch.setattr("nanollava.infra.distributed.convert_weights", fill_memory)
     code, _, error = command("train", "--stage", 1, *parts, "--data", world, "--out", "run")
-    assert code == 2 and "\nerror: out of GPU memory" in error and "Traceback" not in error
+    assert code == 2 and "Traceback" not in error
+    assert "\nerror: the GPU's memory is full, 1.00 GiB" in error
 
 
 def test_trained_model_is_not_overwritten(error_of, run_folder, world):
