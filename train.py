@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 
 from nanollava.conversation import TEMPLATES
-from nanollava.infra.cli import (Parser, check_flags, in_range, one_line_errors, out_folder,
-                                 percent_table, positive, seed)
+from nanollava.infra.cli import (Parser, add_device, check_flags, in_range, one_line_errors,
+                                 out_folder, percent_table, positive, seed)
 from nanollava.infra.io import InputError, hash_file, locked_folder
 from nanollava.infra.progress import print0
 from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_IMAGE, TOY_RUN, Settings,
@@ -43,7 +43,8 @@ def parse_arguments():
     add_training_flags(parser.add_argument_group("how to train").add_argument)
     add_run_flags(parser.add_argument_group("where").add_argument)
     arguments = parser.parse_args()
-    if arguments.stage == 2 and not (arguments.model or arguments.vision_tower or arguments.llm):
+    folders = arguments.model or arguments.vision_tower or arguments.llm
+    if arguments.stage == 2 and not (folders or arguments.plan):
         arguments.model = TOY_RUN / "stage1"
         # so that check_flags refuses --projector beside this default
         arguments.settings.add(f"--model {arguments.model}")
@@ -102,7 +103,7 @@ def add_training_flags(add) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the computation and the result; float16 is refused (default: bfloat16 on GPUs "
         "since the A100 and RTX 30 and on CPUs with AMX, else float32)")
-    add("--device", help="cuda, mps or cpu (default: the first that exists)")
+    add_device(add)
     add("--no-gradient-checkpointing", action="store_true",
         help="store the activations of all blocks: faster, more memory (toy models always do)")
     add("--compile", action="store_true", help="compile the blocks: faster after some minutes")

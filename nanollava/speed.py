@@ -38,7 +38,7 @@ import torch
 from .conversation import IGNORE_INDEX
 from .data import Batch, collate
 from .infra import distributed
-from .infra.cli import Parser, check_flags, format_table, in_range, one_line_errors
+from .infra.cli import Parser, add_device, check_flags, format_table, in_range, one_line_errors
 from .infra.device import best_device, best_dtype, compile_blocks, pick_compute_dtype
 from .infra.io import InputError
 from .infra.progress import print0
@@ -65,7 +65,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--dtype", choices=("float32", "bfloat16"),
         help="of frozen weights (default: bfloat16 where it is fast)")
-    add("--device", help="cuda, mps or cpu (default: the fastest available)")
+    add_device(add)
     add("--repeat", type=in_range(1, 1000), default=5,
         help="turns of each measurement (default: %(default)s)")
     add("--compile", action="store_true",

@@ -15,7 +15,8 @@ from .progress import IS_RANK0, print0, print_line
 from .start import interrupt, on_stop_signals
 
 # what to do when memory is full, for commands that generate
-LESS_MEMORY = "use a smaller model, smaller batches, a --dtype of 16 bits or another --device"
+LESS_MEMORY = ("use --quantize int8, a --dtype of 16 bits, a smaller model, smaller batches or "
+               "another --device")
 
 
 class Parser(argparse.ArgumentParser):

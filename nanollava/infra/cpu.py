@@ -2,7 +2,7 @@
 memory.
 
 A CPU that generates text spends its time reading weights. Three tricks help it, and only big
-weights need them. `layers.linear` is the one caller.
+weights need them. The callers are `layers.linear` and `quantize.Int8Linear`.
 """
 
 from math import gcd

@@ -52,8 +52,8 @@ def best_dtype(device: str, requested: str | None = None, generating=False) -> t
 def pick_compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype to compute in with weights of `dtype`: float32 on a CPU that is slow in it.
 
-    There, generation rounds each next token to bfloat16 weights (`infra/cpu.py`), prompts it does
-    not.
+    There, generation with bfloat16 weights rounds next tokens to bfloat16, but not prompts
+    (`infra/cpu.py`).
     """
     fast = dtype == torch.bfloat16 and fast_in_bfloat16(device)
     return torch.float32 if device.startswith("cpu") and not fast else dtype

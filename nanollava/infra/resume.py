@@ -107,7 +107,8 @@ class Checkpoints:
             state = self.state()
             dcp.load(state, storage_reader=reader)  # fills the tensors of `state` in place
         except IO_ERRORS as error:
-            raise InputError(f"cannot read {path}: {error_reason(error)}") from error
+            raise InputError(f"cannot read {path}: {error_reason(error)}; if it is damaged, "
+                             "remove it to begin again") from error
         torch.set_rng_state(state["random"])
         return step
 

@@ -92,7 +92,8 @@ def encode(data: torch.Tensor, dtype: str, name: str) -> bytes:
         data = data.contiguous().to(getattr(torch, dtype))
         finite, content = data.isfinite().all(), data.view(torch.uint8).numpy().tobytes()
     if not finite:
-        raise InputError(f"{name} has weights that are too large for {dtype}, or not finite")
+        raise InputError(f"{name} has weights that are too large for {dtype}, or not finite: "
+                         "choose another --type, or another model")
     return content
 
 

@@ -108,7 +108,9 @@ def select_files(names: list[str]) -> list[str]:
     matches = ([name for name in names if re.fullmatch(kind, name)] for kind in kinds)
     weights = next(filter(None, matches), [])
     if "config.json" not in names or not weights:
-        reason = without_weights(names) or (
+        # pickles are no reason: they would be converted
+        others = [name for name in names if not name.startswith("pytorch_model")]
+        reason = without_weights(others) or (
             "it has no config.json, or neither model*.safetensors nor pytorch_model*.bin")
         raise InputError(f"the repository is not a model folder: {reason}")
     return [name for name in ("config.json", "tokenizer.model") if name in names] + weights

@@ -177,6 +177,7 @@ def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
     (["--lr", "0"], ["--lr"]),
     (["--plan", "7b", "--gpus", 3], ["--batch-size 128", "by 3, the number of ranks"]),
     (["--plan"], ["--plan of which model?", "7b or 13b", "--model"]),
+    (["--plan", "--stage", 2], ["--plan of which model?"]),
     (["--plan", "--llm", "a"], ["--plan of which model?", "both --vision-tower and --llm"]),
     (["--plan", "--model", "nowhere"], ["nowhere"]),
     (["--plan", "70b"], ["--plan", "70b"]),

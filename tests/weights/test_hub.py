@@ -357,6 +357,7 @@ def test_llava_of_the_original_code_is_downloaded(server, tmp_path, original, cl
 
 
 @pytest.mark.parametrize("names, message", [
+    (["pytorch_model.bin", "README.md"], "it has no config.json"),  # pickles are downloaded
     (["config.json", "mm_projector.bin"], "mm_projector.bin is the projector alone"),
     (["config.json", "adapter_config.json", "non_lora_trainables.bin"], "it is a LoRA adapter")])
 def test_parts_of_a_llava_are_refused_with_what_to_do(names, message):
