@@ -102,8 +102,8 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64
     images: torch.Tensor | None  # (N, 3, H, W), uint8 on the CPU; None without images
-    # Positions among the B * T tokens. The CPU finds them, because a GPU would have to be waited
-    # for: their number is the shape of what follows.
+    # Positions among the B * T tokens. The CPU finds them: their number is the shape of what
+    # follows, and to read it from a GPU the CPU would have to wait.
     image_positions: torch.Tensor  # (N * P,), of the image tokens
     target_positions: torch.Tensor  # (n,), of the tokens to predict
 

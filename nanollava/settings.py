@@ -175,7 +175,7 @@ def add_vision_tower(add) -> None:
 
 def add_quantize(add) -> None:
     add("--quantize", choices=("int8",),
-        help="quantize the language model: half of bfloat16's bytes, faster tokens")
+        help="quantize the language model: half of bfloat16's bytes, faster tokens on a CPU")
 
 
 def find_toy_model() -> Path:

@@ -64,7 +64,7 @@ def slot_multiple(device: torch.device | str) -> int:
 
     On a GPU, next tokens then have a new shape once in 64 tokens: Apple's kernels are planned for
     each shape, CUDA's need masks with aligned rows, and the CPU that starts them is the bottleneck.
-    A CPU computes what it reads, so every slot more takes time.
+    On a CPU, every slot that is read takes time.
     """
     return 1 if torch.device(device).type == "cpu" else 64
 

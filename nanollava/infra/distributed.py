@@ -19,7 +19,7 @@ from .io import InputError
 
 
 # How long ranks wait for rank 0 while it checks images or writes a model: NCCL's own limit is 10
-# minutes. A rank that ends is noticed within a second all the same, by torchrun.
+# minutes. torchrun notices a rank that ends within a second.
 TIMEOUT = timedelta(hours=6)
 
 

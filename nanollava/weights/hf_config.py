@@ -76,7 +76,7 @@ def read_config(folder: str | Path, parse):
 
 
 def without_weights(files: Iterable[Path | str]) -> str | None:
-    """What files are that seem to be a model and are not, and what to do; None if it is unknown."""
+    """Why files that look like a model are none, and what to do; None if the reason is unknown."""
     names = {Path(file).name for file in files}
     if "adapter_config.json" in names:
         return ("it is a LoRA adapter; merge it into its base model with the software that made it "

@@ -124,7 +124,7 @@ def tokenizer_json(tokenizer: Tokenizer, added: dict[int, str],
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_length: int, **fields) -> dict:
-    """The content of tokenizer_config.json. Padding is a left one, as generation needs it there."""
+    """The content of tokenizer_config.json. Padding is on the left, where generation needs it."""
     unk, bos, eos = map(tokenizer.piece, (unk_id(tokenizer), tokenizer.bos_id, tokenizer.eos_id))
     # the class that takes tokenizer.json as it is; LlamaTokenizer would change parts of it
     return {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": unk, "bos_token": bos,
