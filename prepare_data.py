@@ -305,7 +305,7 @@ def add_gguf_arguments(add) -> None:
         "that is mended (default: %(default)s)")
 
 
-def write_gguf(arguments) -> None:
+def convert_to_gguf(arguments) -> None:
     """Write a LLaVA for llama.cpp, Ollama and LM Studio."""
     from nanollava.llava import Llava  # these import torch
     from nanollava.tokenizer import open_tokenizer
@@ -328,7 +328,7 @@ COMMANDS = {
     "scienceqa": (add_scienceqa_arguments, convert_scienceqa),
     "stats": (add_stats_arguments, print_stats),
     "weights": (add_weights_arguments, download_weights),
-    "gguf": (add_gguf_arguments, write_gguf),
+    "gguf": (add_gguf_arguments, convert_to_gguf),
 }
 
 

@@ -19,7 +19,7 @@ from nanollava.infra.cli import (LESS_MEMORY, Parser, check_flags, in_range, one
                                  seed)
 from nanollava.infra.io import InputError
 from nanollava.infra.progress import print0
-from nanollava.settings import add_model_flags, find_toy_model
+from nanollava.settings import add_llava_flags, find_toy_model
 
 GREEDY = "--temperature 0.0"  # the default
 NO_SAMPLING = "it always takes the likeliest token; set a higher --temperature to sample"
@@ -33,7 +33,7 @@ def parse_arguments():
         help="image file; several are shown in this order")
     add("--prompt", action="append",
         help="question; several make a conversation (default: questions from standard input)")
-    add_model_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
+    add_llava_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--temperature", type=in_range(0.001, 100.0, 0), default=0.0,
         help="0 takes the likeliest token, 1 samples from the model's distribution (default: 0)")
     add("--top-p", type=in_range(0.0, 1.0), default=1.0,

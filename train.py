@@ -30,7 +30,7 @@ from nanollava.infra.cli import (Parser, add_device, check_flags, in_range, one_
                                  out_folder, percent_table, positive, seed)
 from nanollava.infra.io import InputError, hash_file, locked_folder
 from nanollava.infra.progress import print0
-from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_IMAGE, TOY_RUN, Settings,
+from nanollava.settings import (CONFLICTS, NEEDS, TOY_DATA, TOY_IMAGE, TOY_RUN, TOY_WIDTH, Settings,
                                 check_max_length, check_out, choose_defaults, choose_max_length,
                                 resolve_settings)
 
@@ -207,11 +207,14 @@ def print_plan(arguments) -> None:
         name = model
     elif vision_tower and llm:
         config = LlavaConfig.from_parts(vision_tower, llm, arguments.projector,
-                                        arguments.feature_layer)
+                                        feature_layer=arguments.feature_layer)
         name = f"{vision_tower} and {llm}"
     else:
         raise InputError("--plan of which model? Name a size, 7b or 13b, or its folders: --model, "
                          "or both --vision-tower and --llm")
+    if config.text.hidden_size < TOY_WIDTH:
+        raise InputError(f"--plan of {name}: a plan is for models of the paper's kind; a toy model "
+                         "trains in minutes")
     max_length = choose_max_length(arguments.max_length, config.text.max_position_embeddings)
     check_max_length(max_length, config.tokens_per_image)
     for stage in [arguments.stage] if arguments.stage else [1, 2]:

@@ -26,7 +26,7 @@ from .infra.io import InputError, check_not_input, check_writable, locked_folder
 from .infra.json_io import read_json, read_json_list, read_jsonl, write_json
 from .infra.shapes import quote
 from .infra.progress import print0, progress
-from .settings import add_model_flags, add_quantize, add_vision_tower
+from .settings import add_llava_flags, add_quantize, add_vision_tower
 from .teacher.api import OPENAI, Chat
 from .teacher.jobs import TRIES, Job
 from .teacher.ledger import Ledger
@@ -147,7 +147,7 @@ def evaluate_ablations(arguments) -> tuple[str, dict]:
 
 
 def add_report_arguments(add) -> None:
-    add_model_flags(add, required=True,
+    add_llava_flags(add, required=True,
                     help="folder written by train.py; report.html is written to it")
     add("--data", type=Path, required=True,
         help="LLaVA JSON; the first question of each row is asked")
@@ -274,7 +274,7 @@ def evaluate_bench(arguments) -> tuple[str, dict]:
 
 def add_answers(add, default: str) -> None:
     """Arguments for replies that are made here or read from a file."""
-    add_model_flags(add, help="folder of the LLaVA that answers")
+    add_llava_flags(add, help="folder of the LLaVA that answers")
     add("--answers", type=Path,
         help="JSONL of question_id and text to read; with --model, missing answers are added to it "
              f"(default with --model: MODEL/{default})")

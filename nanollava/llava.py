@@ -85,8 +85,8 @@ class LlavaConfig:
         return cls(**fields | {"vision": vision, "text": text})
 
     @classmethod
-    def from_parts(cls, vision_folder, llm_folder, projector="linear", feature_layer=-2,
-                   template="vicuna_v1") -> "LlavaConfig":
+    def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1",
+                   feature_layer=-2) -> "LlavaConfig":
         """Of a LLaVA that joins a CLIP folder and a LLaMA folder."""
         vision = VisionConfig(**hf_config.read_config(vision_folder, hf_config.vision_config))
         text = LlamaConfig(**hf_config.read_config(llm_folder, hf_config.text_config))
@@ -271,8 +271,8 @@ class Llava(nn.Module):
     def from_parts(cls, vision_folder, llm_folder, projector="linear", template="vicuna_v1",
                    feature_layer=-2, dtype=torch.float32, device="cpu") -> "Llava":
         """Join a CLIP folder and a LLaMA folder with a fresh projector."""
-        config = LlavaConfig.from_parts(vision_folder, llm_folder, projector, feature_layer,
-                                        template)
+        config = LlavaConfig.from_parts(vision_folder, llm_folder, projector, template,
+                                        feature_layer)
         with torch.device("meta"):
             model = cls(config)
         hf_format.load_vision_tower(model.vision_tower, vision_folder, dtype, device)

@@ -129,7 +129,7 @@ def read_llm_config(model: Path | None, vision_tower: Path | None, llm: Path | N
     if model is None:
         hf_config.read_config(vision_tower, hf_config.vision_config)
         return hf_config.read_config(llm, hf_config.text_config)
-    if not (model / "config.json").is_file():
+    if not (model / "config.json").is_file() and not hf_config.without_weights(model.glob("*")):
         raise InputError(f"no model at {model}: train one with --stage 1, or give another --model")
     return hf_config.read_llava_config(model, hf_config.llava_config, vision_tower)["text"]
 
@@ -159,7 +159,7 @@ def default_workers(device: str) -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def add_model_flags(add, **options) -> None:
+def add_llava_flags(add, **options) -> None:
     """The arguments of `chat.open_llava`. options: of the first one, --model."""
     add("--model", type=Path, **options)
     add_vision_tower(add)

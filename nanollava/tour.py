@@ -30,7 +30,7 @@ from .conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
 from .infra.cli import LESS_MEMORY, Parser, in_range, one_line_errors, out_file
 from .infra.io import InputError, atomic_write
 from .infra.progress import print0
-from .settings import TOY_IMAGE, add_model_flags, find_toy_model
+from .settings import TOY_IMAGE, add_llava_flags, find_toy_model
 
 PROMPT = "Describe the picture briefly."
 
@@ -38,7 +38,7 @@ PROMPT = "Describe the picture briefly."
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.tour")
     add = parser.add_argument
-    add_model_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
+    add_llava_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--image", type=Path, default=TOY_IMAGE, help="image file (default: cat.jpg)")
     add("--prompt", default=PROMPT, help="question (default: %(default)s)")
     add("--out", type=out_file, default=Path("tour.html"),

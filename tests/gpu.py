@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+MASKS = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # x[mask]
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default,
          aten.masked_select.default}  # the CPU needs their result
 
@@ -63,7 +64,8 @@ class PretendedGpu(TorchDispatchMode):
         if any(on_gpu) and any(tensor.ndim for tensor in tensors
                                if not isinstance(tensor, GpuTensor)):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device")
-        if func in READS:
+        has_mask = any(tensor.dtype == torch.bool for tensor in tensors[1:])
+        if func in READS or func in MASKS and has_mask:
             self.wait(str(func))
         raw_args, raw_kwargs = tree_map_only(GpuTensor, lambda tensor: tensor.raw, (args, kwargs))
         out = func(*raw_args, **raw_kwargs | ({"device": "cpu"} if to_gpu else {}))

@@ -106,3 +106,10 @@ def test_batches_are_pinned_only_for_cuda(monkeypatch, device, pinned):
 
     assert list(load_batches(Dataset, [[0]], device=device)) == [["a"]]
     assert options["pin_memory"] is pinned
+
+
+def test_pretended_gpu_is_waited_for_to_count_what_a_mask_selects():
+    with PretendedGpu() as gpu:
+        x = torch.arange(4, device="meta")
+        assert len(x[x > 1]) == 2 and len(x[x]) == 4
+    assert len(gpu.syncs) == 1

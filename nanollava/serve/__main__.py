@@ -20,7 +20,7 @@ from ..infra.cli import LESS_MEMORY, Parser, in_range, one_line_errors
 from ..infra.http import read_api_key
 from ..infra.io import InputError
 from ..infra.progress import print0
-from ..settings import add_model_flags, find_toy_model
+from ..settings import add_llava_flags, find_toy_model
 
 KEY = "NANOLLAVA_API_KEY"
 
@@ -28,7 +28,7 @@ KEY = "NANOLLAVA_API_KEY"
 def parse_arguments():
     parser = Parser(__doc__, prog="python -m nanollava.serve")
     add = parser.add_argument
-    add_model_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
+    add_llava_flags(add, help="folder of a LLaVA (default: runs/toy/stage2)")
     add("--host", default="127.0.0.1",
         help="address to listen at; 0.0.0.0 also accepts other machines and needs a key in "
         f"{KEY} (default: %(default)s, this machine alone)")

@@ -99,12 +99,13 @@ def evaluate_run(run: Path, data: Path, device: str | None = "cpu", limit: int |
         for name, column_rows in rows_by_column.items():
             replies[name] = answer_rows(model, tokenizer, column_rows, data / "images", label=name)
     columns = {name: accuracy(rows, replies[name]) for name in replies}
-    write_run_report(run, data, columns, rows, replies["after stage 2"])
+    title = "A toy LLaVA" + (f" with {quantize} weights" if quantize else "")
+    write_run_report(run, data, title, columns, rows, replies["after stage 2"])
     return columns
 
 
-def write_run_report(
-    run: Path, data: Path, columns: dict, rows: list[dict], predictions: list[str]) -> None:
+def write_run_report(run: Path, data: Path, title: str, columns: dict, rows: list[dict],
+                     predictions: list[str]) -> None:
     """Write RUN/report.html: losses of both stages, accuracy, and images with replies."""
     curves = {f"Stage {stage}": read_log(run / f"stage{stage}" / "log.jsonl") for stage in (1, 2)}
     exchanges = defaultdict(list)
@@ -115,4 +116,4 @@ def write_run_report(
     cards = list(exchanges.items())[:CARDS]
     has_tour = (run / "tour.html").exists()
     links = {"tour.html": "See how a picture turns into words"} if has_tour else {}
-    write_report(run / "report.html", "A toy LLaVA", curves, columns, cards, links)
+    write_report(run / "report.html", title, curves, columns, cards, links)

@@ -72,7 +72,10 @@ def read_config(folder: str | Path, parse):
             raise InputError("quantized weights are not supported")
         return parse(raw)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        has_weights = any(folder.glob("*.safetensors"))  # else this may be the first to say
+        reason = None if has_weights else without_weights(folder.iterdir())
+        raise InputError(f"{path}: {error}" if reason is None else
+                         f"{folder} is not a model folder: {reason}") from error
 
 
 def without_weights(files: Iterable[Path | str]) -> str | None:

@@ -121,7 +121,8 @@ def test_toy_evaluates_a_run_with_controls_and_writes_its_page(command, run_fold
                            "--limit", 4, "--device", "cpu", "--quantize", "int8")
     columns = re.split(r"\s{2,}", out.splitlines()[0].strip())
     assert (code, columns) == (0, ["after stage 2", "wrong image", "after stage 1"])
-    assert "<img" in (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
+    assert "<img" in report and "A toy LLaVA with int8 weights" in report
 
 
 def test_ablations_run_alone_in_their_folder(error_of, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import combinations
 from pathlib import Path
 
@@ -407,10 +407,11 @@ def test_each_flag_that_is_accepted_changes_the_plan(mode, command, values):
             assert code == 0 and other != plan, words
 
 
-def test_plan_reads_the_sizes_of_a_model_from_its_folders(command, parts, run_folder):
+def test_plan_reads_the_sizes_of_a_model_from_its_folders(command, error_of, parts, run_folder):
     size = SIZES["7b"]
     clip, llama = hf_config.clip_json(vars(size.vision)), hf_config.llama_json(vars(size.text))
-    for folder, config in (("clip-7b", clip), ("llama-7b", llama)):
+    llava = hf_config.llava_json(asdict(size))
+    for folder, config in (("clip-7b", clip), ("llama-7b", llama), ("llava-7b", llava)):
         Path(folder).mkdir()
         write_json(f"{folder}/config.json", config)
     _, expected, _ = command("train", "--plan", "7b")
@@ -419,8 +420,9 @@ def test_plan_reads_the_sizes_of_a_model_from_its_folders(command, parts, run_fo
     _, found, _ = command("train", "--plan", "--vision-tower", "clip-7b", "--llm", "llama-7b",
                           "--projector", "mlp2x_gelu", "--feature-layer", -1)
     assert "21.0 million of them trainable" in found
-    _, found, _ = command("train", "--plan", "--model", run_folder)
-    assert found.startswith(f"stage 1, {run_folder}") and f"stage 2, {run_folder}" in found
+    _, found, _ = command("train", "--plan", "--model", "llava-7b")
+    assert found == expected.replace(", 7b", ", llava-7b")
+    assert "a toy model trains in minutes" in error_of("train", "--plan", "--model", run_folder)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -163,8 +163,9 @@ def test_folder_that_is_no_model_is_refused_with_what_to_do(original, clip, file
     (original / "model.safetensors").unlink()
     for name in files:
         (original / name).write_bytes(b"never read")
-    with pytest.raises(InputError, match=message):
-        Llava.from_pretrained(original, vision_tower=clip)
+    for vision_tower in (clip, None):  # a tower would not help
+        with pytest.raises(InputError, match=message):
+            Llava.from_pretrained(original, vision_tower=vision_tower)
     (original / "config.json").unlink()
     with pytest.raises(InputError, match=message):
         Llava.from_pretrained(original, vision_tower=clip)
