@@ -5,7 +5,7 @@ import pytest
 from nanollava.llama import LlamaConfig
 from nanollava.llava import Llava, LlavaConfig
 from nanollava.speed import __main__ as command
-from nanollava.speed import limits, llama_cpp, sides
+from nanollava.speed import limits, llama_cpp, race, sides
 from nanollava.vision import VisionConfig
 
 TINY = LlavaConfig(
@@ -19,7 +19,7 @@ TINY = LlavaConfig(
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name, value in dict(CONFIG=TINY, TOKENS=30, TARGETS=10, NEW_TOKENS=4).items():
-        for module in (command, limits, llama_cpp, sides):
+        for module in (command, limits, llama_cpp, race, sides):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
     Llava(TINY).save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import torch
 
 from nanollava.infra.io import InputError
 from nanollava.speed import __main__ as command
-from nanollava.speed import limits, sides
+from nanollava.speed import limits, race, sides
 
 OURS = sides.Side(sides.training_step, sides.generator)
 
@@ -30,8 +30,8 @@ class InThisProcess:
 
 
 def test_race_measures_steps_tokens_and_memory(folder, monkeypatch):
-    monkeypatch.setattr(command, "ProcessPoolExecutor", InThisProcess)
-    results = command.race({"nanollava": OURS}, folder, torch.float32, "cpu", 2)
+    monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
+    results = race.race({"nanollava": OURS}, folder, torch.float32, "cpu", 2)
     assert list(results) == ["stage 1 step", "stage 2 step", "first token", "next token",
                              "stage 2 memory"]
     del results["next token"]  # a difference of two times, which may be negative for a tiny model
@@ -72,7 +72,7 @@ def test_sides_with_different_losses_are_not_compared(folder):
 
     both = {"nanollava": OURS, "other": sides.Side(other_step, sides.generator)}
     with pytest.raises(InputError, match="the first losses of stage 1 are"):
-        command.race(both, folder, torch.float32, "cpu", 1)
+        race.race(both, folder, torch.float32, "cpu", 1)
 
 
 def test_the_fastest_call_counts():
@@ -92,7 +92,7 @@ def test_limits_cover_steps_and_tokens(folder, monkeypatch):
 
 
 def test_command_prints_the_table(folder, monkeypatch, capsys):
-    monkeypatch.setattr(command, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(limits, "matmul_flops", lambda dtype, device: 1e9)
     monkeypatch.setattr(limits, "memory_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(command, "find_spec", lambda name: None)
