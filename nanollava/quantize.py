@@ -26,6 +26,12 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.cat(numbers))
         self.register_buffer("scale", torch.cat(scales))
 
+    def _apply(self, *arguments):
+        """`to(dtype)` casts buffers, but torch's kernel takes the scales in bfloat16."""
+        super()._apply(*arguments)
+        self.scale = self.scale.bfloat16()
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cpu:
             return cpu.int8_linear(x, self.weight, self.scale)
@@ -34,13 +40,12 @@ class Int8Linear(nn.Module):
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, in) to int8 numbers (n, in) and scales (n,), float32 with bfloat16's precision.
+    """Rows (n, in) to int8 numbers (n, in) and scales (n,) in bfloat16.
 
-    The largest number of a row becomes 127. The scale is rounded first, so that a kernel that takes
-    it in bfloat16 (`infra/cpu.py`) adds no error.
+    The largest number of a row becomes 127. The scale is rounded first, so that this adds no error.
     """
     weight = weight.float()
-    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 

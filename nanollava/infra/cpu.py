@@ -30,10 +30,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, exa
     product = decode_linear if is_decoding and x.dtype == torch.float32 else F.linear
     if weight.dtype == x.dtype:
         y = product(x, weight)
-    else:  # cast the weight chunk by chunk, so that it is never in memory twice
-        rows = max(SLICES, CHUNK_NUMEL // weight.shape[1] // SLICES * SLICES)
-        y = torch.cat([product(x, chunk.to(x.dtype)) for chunk in weight.split(rows)], dim=-1)
+    else:
+        y = cast_linear(x, weight, product)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def cast_linear(x: torch.Tensor, weight: torch.Tensor, product=F.linear) -> torch.Tensor:
+    """product(x, weight), with the weight cast to the dtype of x chunk by chunk.
+
+    So it is never in memory twice. All chunks share one buffer, which stays in the CPU's cache: new
+    memory for each would take as long as the product.
+    """
+    rows = max(SLICES, CHUNK_NUMEL // weight.shape[1] // SLICES * SLICES)
+    buffer = torch.empty_like(weight[:rows], dtype=x.dtype)
+    products = [product(x, buffer[: len(chunk)].copy_(chunk)) for chunk in weight.split(rows)]
+    return torch.cat(products, dim=-1)
 
 
 def rounded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -54,12 +65,12 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     slices, (out, size) = gcd(len(weight), SLICES), weight.shape
     # (slices, out / slices, in) times (slices, in, B)
-    y = torch.bmm(weight.view(slices, -1, size), x[:, 0].T.expand(slices, -1, -1))
-    return y.view(out, -1).T.contiguous()[:, None]  # (B, 1, out)
+    y = torch.bmm(weight.view(slices, -1, size), x.permute(1, 2, 0).expand(slices, -1, -1))
+    return y.view(1, out, -1).permute(2, 0, 1).contiguous()  # (B, 1, out)
 
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (..., in) times weight (out, in) in int8, times scale (out,): in the dtype of x.
+    """x (..., in) times weight (out, in), int8, times scale (out,), bfloat16: in the dtype of x.
 
     Next tokens (B, 1, in) and the result are rounded to bfloat16: torch's kernel for int8 is slow
     in float32. Its result for a row does not depend on the batch. In other products, which have
@@ -67,8 +78,6 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     """
     is_decoding = x.ndim == 3 and x.shape[1] == 1
     if is_decoding and weight.shape[1] % 16 == 0:  # the kernel reads past the end of other rows
-        y = torch._weight_int8pack_mm(x[:, 0].bfloat16(), weight, scale.bfloat16())  # (B, out)
+        y = torch._weight_int8pack_mm(x[:, 0].bfloat16(), weight, scale)  # (B, out)
         return y[:, None].to(x.dtype)
-    chunks = weight.split(max(SLICES, CHUNK_NUMEL // weight.shape[1]))
-    y = torch.cat([F.linear(x, chunk.to(x.dtype)) for chunk in chunks], dim=-1)
-    return y * scale.to(x.dtype)
+    return cast_linear(x, weight) * scale.to(x.dtype)

@@ -15,8 +15,8 @@ import pytest
 from nanollava.infra.cli import Parser, add_command, one_line_errors, out_file, out_folder
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("train", "sample", "prepare_data", "nanollava.evaluate", "nanollava.speed",
-           "nanollava.tour")
+MODULES = ("train", "sample", "prepare_data", "nanollava.evaluate",
+           "nanollava.speed.__main__", "nanollava.tour")
 
 
 def parsers() -> dict[str, Parser]:
@@ -94,7 +94,7 @@ def test_number_is_refused_with_its_range(refuse, name):
     ("prepare_data instruct", "--workers=5000", "from 1 to 1,024"),
     ("prepare_data toy", "--scenes=1000001", "from 1 to 1,000,000"),
     ("nanollava.evaluate ablations", "--jobs=0", "from 1 to 256"),
-    ("nanollava.speed", "--repeat=1e3", "from 1 to 1,000"),
+    ("nanollava.speed.__main__", "--repeat=1e3", "from 1 to 1,000"),
 ])
 def test_limit_of_a_number(refuse, name, words, limits):
     assert limits in refuse(name, words)
@@ -148,8 +148,8 @@ def test_unknown_argument_is_refused_in_one_line(refuse, name, words):
     "nanollava.evaluate report --data d --images i --model",
     "nanollava.evaluate scienceqa --answers a --data",
     "nanollava.evaluate bench --out o --context c --reference r --answers a --questions",
-    "nanollava.speed --device", "nanollava.tour --model", "nanollava.tour --model run --image",
-    "nanollava.tour --model run --device"])
+    "nanollava.speed.__main__ --device", "nanollava.tour --model",
+    "nanollava.tour --model run --image", "nanollava.tour --model run --device"])
 def test_missing_file_with_an_odd_name_is_refused_in_one_line(
         command, world, run_folder, words, file):
     module, *words = words.replace("WORLD", str(world)).split()

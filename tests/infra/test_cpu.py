@@ -17,14 +17,15 @@ def test_weight_of_another_dtype_is_cast_chunk_by_chunk(monkeypatch, shape, bias
     layer, x = Linear(8, 100, bias=bias).half(), torch.randn(shape)
     expected = F.linear(x, layer.weight.float(), layer.bias.float() if bias else None)
     monkeypatch.setattr(cpu, "CHUNK_NUMEL", 8 * 40)
-    chunks, cast = [], torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to",
-                        lambda x, *how: chunks.append(x.numel()) or cast(x, *how))
+    chunks, places, copy = [], [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, chunk: (
+        chunks.append(len(chunk)), places.append(to.data_ptr()), copy(to, chunk))[-1])
     with torch.no_grad():
         y = layer(x)
     monkeypatch.undo()
     torch.testing.assert_close(y, expected)
-    assert max(chunks) == 8 * 32  # whole slices only
+    assert chunks == [32, 32, 32, 4]  # whole slices, and the rest
+    assert len(set(places)) == 1  # in one buffer
 
 
 @pytest.mark.parametrize("batch_size, out, slices",

@@ -1,31 +1,15 @@
-"""The benchmark, on a LLaVA so small that it takes a second."""
+"""The benchmark's training steps, tokens and memory, and the command."""
 
 import time
 
 import pytest
 import torch
 
-from nanollava import speed
 from nanollava.infra.io import InputError
-from nanollava.llama import LlamaConfig
-from nanollava.llava import Llava, LlavaConfig
-from nanollava.vision import VisionConfig
+from nanollava.speed import __main__ as command
+from nanollava.speed import limits, race, sides
 
-TINY = LlavaConfig(
-    VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32,
-                 num_hidden_layers=2, num_attention_heads=2),
-    LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                num_attention_heads=2),
-    image_token_id=99)
-OURS = speed.Side(speed.training_step, speed.generator)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    for name, value in dict(CONFIG=TINY, TOKENS=30, TARGETS=10, NEW_TOKENS=4).items():
-        monkeypatch.setattr(speed, name, value)
-    Llava(TINY).save_pretrained(tmp_path)
-    return tmp_path
+OURS = sides.Side(sides.training_step, sides.generator)
 
 
 class InThisProcess:
@@ -46,8 +30,8 @@ class InThisProcess:
 
 
 def test_race_measures_steps_tokens_and_memory(folder, monkeypatch):
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", InThisProcess)
-    results = speed.race({"nanollava": OURS}, folder, torch.float32, "cpu", 2)
+    monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
+    results = race.race({"nanollava": OURS}, folder, torch.float32, "cpu", 2)
     assert list(results) == ["stage 1 step", "stage 2 step", "first token", "next token",
                              "stage 2 memory"]
     del results["next token"]  # a difference of two times, which may be negative for a tiny model
@@ -64,17 +48,17 @@ def test_step_trains_the_parts_of_its_stage(folder, monkeypatch, stage, parts):
         models.append(model)
         return [torch.optim.SGD([torch.ones(1)])]  # keeps the gradients of the model
 
-    monkeypatch.setattr(speed, "adamw", no_optimizer)
-    speed.training_step(folder, torch.float32, "cpu", stage)()
+    monkeypatch.setattr(sides, "adamw", no_optimizer)
+    sides.training_step(folder, torch.float32, "cpu", stage)()
     assert {name.partition(".")[0] for name, weight in models[0].named_parameters()
             if weight.grad is not None} == parts
 
 
 @pytest.mark.parametrize("make", [
-    lambda *arguments, **options: speed.training_step(*arguments, 2, **options), speed.generator])
+    lambda *arguments, **options: sides.training_step(*arguments, 2, **options), sides.generator])
 def test_blocks_are_compiled_on_request(folder, monkeypatch, make):
     compiled = []
-    monkeypatch.setattr(speed, "compile_blocks", compiled.append)
+    monkeypatch.setattr(sides, "compile_blocks", compiled.append)
     make(folder, torch.float32, "cpu")
     assert not compiled
     make(folder, torch.float32, "cpu", compiled=True)
@@ -83,37 +67,37 @@ def test_blocks_are_compiled_on_request(folder, monkeypatch, make):
 
 def test_sides_with_different_losses_are_not_compared(folder):
     def other_step(*arguments):
-        step = speed.training_step(*arguments)
+        step = sides.training_step(*arguments)
         return lambda: 1.1 * step()
 
-    sides = {"nanollava": OURS, "other": speed.Side(other_step, speed.generator)}
+    both = {"nanollava": OURS, "other": sides.Side(other_step, sides.generator)}
     with pytest.raises(InputError, match="the first losses of stage 1 are"):
-        speed.race(sides, folder, torch.float32, "cpu", 1)
+        race.race(both, folder, torch.float32, "cpu", 1)
 
 
 def test_the_fastest_call_counts():
     waits = iter([0.05, 0.01, 0.03])
-    assert 0.01 <= speed.best_time(lambda: time.sleep(next(waits)), "cpu", 3) < 0.03
+    assert 0.01 <= limits.best_time(lambda: time.sleep(next(waits)), "cpu", 3) < 0.03
 
 
 def test_limits_cover_steps_and_tokens(folder, monkeypatch):
-    monkeypatch.setattr(speed, "matmul_flops", lambda dtype, device: 1e9)
-    monkeypatch.setattr(speed, "memory_bandwidth", lambda device: 1e9)
-    limits = speed.machine_limits(torch.float32, "cpu")
-    assert list(limits) == ["stage 1 step", "stage 2 step", "next token"]
-    assert 0 < limits["stage 1 step"] < limits["stage 2 step"]
+    monkeypatch.setattr(limits, "matmul_flops", lambda dtype, device: 1e9)
+    monkeypatch.setattr(limits, "memory_bandwidth", lambda device: 1e9)
+    found = limits.machine_limits(torch.float32, "cpu")
+    assert list(found) == ["stage 1 step", "stage 2 step", "next token"]
+    assert 0 < found["stage 1 step"] < found["stage 2 step"]
     # Weights read for a token: two blocks, the last norm and the head (99 x 16). A block has 4 x
     # 256 in attention, 3 x 512 in SwiGLU and two norms of 16. Then 2 x 2 x 32 x 16 keys and values.
-    assert limits["next token"] == 4 * (2 * (1024 + 1536 + 32) + 16 + 1584 + 2048) / 1e9
+    assert found["next token"] == 4 * (2 * (1024 + 1536 + 32) + 16 + 1584 + 2048) / 1e9
 
 
 def test_command_prints_the_table(folder, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(speed, "matmul_flops", lambda dtype, device: 1e9)
-    monkeypatch.setattr(speed, "memory_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(race, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(limits, "matmul_flops", lambda dtype, device: 1e9)
+    monkeypatch.setattr(limits, "memory_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["speed", "--device", "cpu", "--repeat", "1"])
-    speed.main(speed.parse_arguments())
+    command.main(command.parse_arguments())
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["nanollava", "of", "the", "limit"]
     assert [line.split("   ")[0] for line in out[1:]] == [
@@ -123,9 +107,9 @@ def test_command_prints_the_table(folder, monkeypatch, capsys):
 def test_table_shows_ratio_and_share_of_the_limit():
     results = {"stage 2 step": {"nanollava": 0.5, "transformers": 1.25},
                "stage 2 memory": {"nanollava": 2, "transformers": 3}}
-    assert speed.results_table(results, {"stage 2 step": 0.3}) == (
+    assert command.results_table(results, {"stage 2 step": 0.3}) == (
         "                 nanollava   transformers   ratio   of the limit\n"
         "stage 2 step      500.0 ms     1,250.0 ms    2.50            60%\n"
         "stage 2 memory      2.0 GB         3.0 GB    1.50")
     ours = {name: {"nanollava": values["nanollava"]} for name, values in results.items()}
-    assert "ratio" not in speed.results_table(ours, {})
+    assert "ratio" not in command.results_table(ours, {})
