@@ -56,7 +56,8 @@ def test_next_token_does_not_depend_on_its_batch():
 
 def test_kernel_takes_the_scales_themselves(monkeypatch):
     """torch.compile (2.13) fails if they are cast on the way to the kernel."""
-    layer, scales, kernel = Int8Linear(Linear(64, 100, bias=False)).float(), [], torch._weight_int8pack_mm
+    layer = Int8Linear(Linear(64, 100, bias=False)).float()
+    scales, kernel = [], torch._weight_int8pack_mm
     monkeypatch.setattr(torch, "_weight_int8pack_mm",
                         lambda x, w, scale: scales.append(scale) or kernel(x, w, scale))
     layer(torch.randn(1, 1, 64))
