@@ -54,6 +54,16 @@ def test_next_token_does_not_depend_on_its_batch():
     assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
 
 
+def test_kernel_takes_the_scales_themselves(monkeypatch):
+    """torch.compile (2.13) fails if they are cast on the way to the kernel."""
+    layer = Int8Linear(Linear(64, 100, bias=False)).float()
+    scales, kernel = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm",
+                        lambda x, w, scale: scales.append(scale) or kernel(x, w, scale))
+    layer(torch.randn(1, 1, 64))
+    assert scales[0] is layer.scale
+
+
 def test_row_length_that_the_kernel_cannot_read(monkeypatch):
     """torch's kernel reads 16 numbers at a time, beyond the end of a row of 24."""
     monkeypatch.setattr(torch, "_weight_int8pack_mm", None)
