@@ -102,7 +102,7 @@ def test_quantize_int8_quantizes_the_blocks(command, run_folder, monkeypatch):
     code, *_ = command("sample", "--model", run_folder, "--prompt", "?", "--quantize", "int8")
     code, *_ = command("sample", "--model", run_folder, "--prompt", "?")
     int8 = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)  # two blocks: attention, MLP
-    scales = 4 * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    scales = 2 * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
     assert code == 0 and sizes == [int8 + scales, 0]
 
 
