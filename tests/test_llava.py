@@ -132,12 +132,13 @@ def test_compiled_model_is_equal_and_no_length_needs_its_own_graph(model, monkey
             for rows in (1, 2):
                 tokens = prompt(model, 1, "image", *text).expand(rows, -1)
                 labels = tokens.where(tokens < 32, IGNORE_INDEX)
-                model.zero_grad()
-                model(tokens, images[:rows], labels).backward()
-                found += [parameter.grad.clone() for parameter in model.parameters()
-                          if parameter.grad is not None]
-                with torch.no_grad():
-                    found.append(model(tokens, images[:rows], labels))
+                if multiple == 1:  # training has no cache
+                    model.zero_grad()
+                    model(tokens, images[:rows], labels).backward()
+                    found += [parameter.grad.clone() for parameter in model.parameters()
+                              if parameter.grad is not None]
+                    with torch.no_grad():
+                        found.append(model(tokens, images[:rows], labels))
                 found += list(model.generate(tokens, images[:rows], max_new_tokens=5))
         return found
 
