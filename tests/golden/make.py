@@ -23,6 +23,8 @@ and from the root of the repository (the same versions give the same bytes):
     processor.json what AutoProcessor, with the files of weights/processor.py, makes of
                    conversations and of an image; made with transformers 5.24.0, which needs no
                    sentencepiece for it: `python tests/golden/make.py processor` makes these two
+    chats.json     the chat templates of GGUF files, rendered by jinja2 3.1 as the programs of
+                   llama.cpp call them: `python tests/golden/make.py chats` makes it
 """
 
 import hashlib
@@ -300,12 +302,59 @@ def run_processor(auto, texts, image):
     return np.array(auto(text=text, images=images)["input_ids"]).flatten().tolist()
 
 
+CHAT_CONVERSATIONS = (
+    ["<image>\nWhat is at the top left?"],
+    ["<image>\nIs the cat at the top?", "No. At the bottom right is a cat (A).", "And the dog?"],
+    ["What is it?\n<image>", "A  big\ncat."], ["no image"], ["<image>\n<image>\nat the top, left?"],
+    ["Is\n<image>\n<image>\nlike\n<image>", "__>"])
+
+
+def make_chats():
+    """What Jinja makes of the chat templates in GGUF files, as each program calls it."""
+    import jinja2
+
+    from nanollava import Tokenizer
+    from nanollava.weights.gguf import vocabulary
+
+    golden, assets = {"conversations": CHAT_CONVERSATIONS}, HERE.parents[1] / "assets"
+    for name, path in (("toy", assets / "toy-llama"), ("bytes", HERE / "bytes.model")):
+        for template in ("vicuna_v1", "v0"):
+            source = vocabulary(Tokenizer(path), template)["tokenizer.chat_template"]
+            chat = jinja2.Environment().from_string(source)
+            texts = {"template": hashlib.sha256(source.encode()).hexdigest()}
+            for program in ("llama-server", "llama-mtmd-cli", "llama-cpp-python"):
+                marker = "<__media_x__>" if program == "llama-server" else "<__media__>"
+                texts[program] = [chat.render(
+                    messages=[message(("user", "assistant")[number % 2], text, marker, program)
+                              for number, text in enumerate(texts_of_turns)],
+                    add_generation_prompt=len(texts_of_turns) % 2 == 1)
+                    for texts_of_turns in CHAT_CONVERSATIONS]
+            golden[f"{name} {template}"] = texts
+    (HERE / "chats.json").write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
+
+
+def message(role, text, marker, program):
+    """What the program gives to the template: a text, or parts that are texts."""
+    if role == "assistant":
+        return {"role": role, "content": text}
+    if program == "llama-mtmd-cli":
+        return {"role": role, "content": text.replace("<image>", marker)}
+    lines = [line.replace("<image>", marker) for line in text.split("\n")]
+    if program == "llama-cpp-python":
+        return {"role": role, "content": [{"type": "text", "text": line} for line in lines]}
+    # llama-server joins the parts, with line ends only between texts
+    text = "\n".join(lines).replace(f"\n{marker}", marker).replace(f"{marker}\n", marker)
+    return {"role": role, "content": text}
+
+
 @torch.no_grad()
 def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if sys.argv[1:] == ["processor"]:
         return make_processor()
+    if sys.argv[1:] == ["chats"]:
+        return make_chats()
     for folder in ("llava", "linear", "mlp", "llama", "clip", "clip-vision", "images"):
         shutil.rmtree(HERE / folder, ignore_errors=True)
     make_images()
@@ -318,6 +367,7 @@ def main():
               for model, result in results.items() for key, value in result.items()}
     np.savez_compressed(HERE / "values.npz", **values)
     make_processor()
+    make_chats()
 
 
 if __name__ == "__main__":
