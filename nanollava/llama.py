@@ -194,6 +194,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)  # (B, heads, S, head_dim)
         # softmax(q k^T / sqrt(head_dim) + mask) v
+        # a single token has nothing after it; torch.compile needs a plain bool here, not `T > 1`
         is_causal = mask is None if T > 1 else False
         attn_out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped)
