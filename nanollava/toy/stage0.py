@@ -91,7 +91,7 @@ def evaluate_parts(folder: Path, device: str, scenes: int = 300) -> dict[str, di
     model = Llava.from_parts(folder / "toy-clip", folder / "toy-llama", device=device)
     tokenizer, rng = Tokenizer(folder / "toy-llama"), random.Random(1)
     columns = {name: accuracy(*answer_scenes(model, tokenizer, rng, scenes, as_prose))
-               for name, as_prose in (("LLaMA, patch words", False), ("LLaMA, prose", True))}
+               for name, as_prose in (("LLaMA, telegrams", False), ("LLaMA, prose", True))}
     clip = load_clip(folder / "toy-clip").to(device)
     columns["CLIP, 1 of 32"] = {"all": clip_accuracy(clip, rng, scenes)}
     return columns
