@@ -223,7 +223,7 @@ def forward_backward(clip: Clip, batch: tuple, device) -> tuple[torch.Tensor, in
 
 
 def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str,
-               steps: int = 400, batch_size: int = 128) -> None:
+               steps: int = 2500, batch_size: int = 128) -> None:
     """Train the toy CLIP, with new scenes in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
     clip = Clip(tokenizer).to(device)

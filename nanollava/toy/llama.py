@@ -253,7 +253,7 @@ def add_noise(embedding: nn.Embedding, inputs: tuple, embeds: torch.Tensor) -> t
 
 
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small: bool = False,
-                steps: int = 9000, batch_size: int = 16) -> None:
+                steps: int = 10_000, batch_size: int = 16) -> None:
     """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16.
 
     It is trained inside a LLaVA, which gets no images, for its loss.
