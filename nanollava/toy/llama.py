@@ -10,7 +10,7 @@ Multiple choice without a scene prepares for ScienceQA.
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from .muon import muon
 from .scene import COLORS, KINDS, PLACES, Scene, random_scenes
 
 EASY_STEPS = 280  # the first steps, on easy conversations
+# Words are clear at first, because a thing is found by them, and then less and less. At the end:
 UNCLEAR = 0.2  # the share of words in repeats of a telegram that are "thing"
 NOISE = 0.5  # on embeddings, in their standard deviations
 GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
@@ -174,26 +175,27 @@ def multiple_choice(rng: random.Random, easy: bool) -> list[dict]:
             for speaker, text in zip(cycle(("human", "gpt")), texts)]
 
 
-def telegram(things: Scene, rng: random.Random, repeat: bool) -> str:
+def telegram(things: Scene, rng: random.Random, repeat: bool = True, unclear: float = 0.0) -> str:
     """For example "cat red big at the top left, ball blue small in the middle.", in any order.
 
-    repeat: name each thing one to four times, as several patches of an image show one thing. In
-    repeats some words are "thing": a patch need not show all of it.
+    repeat: name each thing one to four times, as several patches of an image show one thing.
+    unclear: the share of words in repeats that are "thing", as a patch need not show all of it.
     """
     mentions = [(thing.kind, thing.color, thing.size, thing.place) for thing in things]
     if repeat:
-        mentions += [[word if rng.random() > UNCLEAR else "thing" for word in words]
+        mentions += [["thing" if rng.random() < unclear else word for word in words]
                      for words in mentions for _ in range(rng.randrange(4))]
     rng.shuffle(mentions)
     return ", ".join(map(" ".join, mentions)) + "."
 
 
-def image_to_text(turns: list[dict], things: Scene, rng: random.Random, as_prose: bool,
-                  repeat: bool = True) -> list[dict]:
-    """The conversation with a caption or description, or with a telegram, in place of its image."""
-    text = (rng.choice([*questions.captions(things), questions.description(things)]) if as_prose
-            else telegram(things, rng, repeat))
+def put_text(text: str, turns: list[dict]) -> list[dict]:
+    """The conversation with a text in place of its image."""
     return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, text)} for turn in turns]
+
+
+def prose(things: Scene, rng: random.Random) -> str:
+    return rng.choice([*questions.captions(things), questions.description(things)])
 
 
 def share_kind_or_color(things: Scene) -> bool:
@@ -202,7 +204,8 @@ def share_kind_or_color(things: Scene) -> bool:
     return min(len(kinds), len(colors)) < len(things)
 
 
-def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool) -> tuple[list, list, list]:
+def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool,
+             unclear: float) -> tuple[list, list, list]:
     """A random conversation: tokens, labels and, as `collate` expects it, a list of no images.
 
     The order of the random draws is part of the data: the same seed must give the same rows.
@@ -216,7 +219,9 @@ def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool) -> tuple[list
         texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
         turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
         as_prose = not easy and rng.random() < 0.4
-        turns = image_to_text(turns, things, rng, as_prose, repeat=not easy)
+        text = (prose(things, rng) if as_prose
+                else telegram(things, rng, repeat=not easy, unclear=unclear))
+        turns = put_text(text, turns)
     return *tokenize_conversation(turns, tokenizer), []
 
 
@@ -224,14 +229,14 @@ def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
                  batch_size: int) -> Iterator[list[Batch]]:
     """Yield the one micro-batch of each step, in the form of `data.load_batches`.
 
-    It depends on seed and step alone, so that a resumed run sees the same batches.
+    It depends on seed, step and steps alone, so that a resumed run sees the same batches.
     """
     for step in range(start, steps):
         group, number = divmod(step, GROUP)
         if number == 0 or step == start:
             rng = random.Random(f"{seed} {group}")
-            easy = GROUP * group < EASY_STEPS
-            rows = [draw_row(tokenizer, rng, easy) for _ in range(GROUP * batch_size)]
+            easy, unclear = GROUP * group < EASY_STEPS, UNCLEAR * GROUP * group / steps
+            rows = [draw_row(tokenizer, rng, easy, unclear) for _ in range(GROUP * batch_size)]
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[first : first + batch_size]
                        for first in range(0, len(rows), batch_size)]
@@ -243,17 +248,20 @@ def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
 # Training
 
 
-def add_noise(embedding: nn.Embedding, inputs: tuple, embeds: torch.Tensor) -> torch.Tensor:
-    """A forward hook: image features will be less exact than words, so words are made so, too.
-
-    Jain et al. (2023), "NEFTune: Noisy Embeddings Improve Instruction Finetuning".
+class EmbeddingNoise:
+    """A forward hook of an embedding. Image features will be less exact than words: so words are
+    made less exact, too (Jain et al., 2023, "NEFTune").
     """
-    scale = NOISE * embedding.weight.detach().std()
-    return embeds + scale * torch.randn_like(embeds)
+
+    scale = 0.0  # in standard deviations of the embeddings
+
+    def __call__(self, embedding: nn.Embedding, tokens: tuple, embeds: torch.Tensor):
+        std = self.scale * embedding.weight.detach().std()
+        return embeds + std * torch.randn_like(embeds)
 
 
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small: bool = False,
-                steps: int = 10_000, batch_size: int = 16) -> None:
+                steps: int = 9000, batch_size: int = 16) -> None:
     """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16.
 
     It is trained inside a LLaVA, which gets no images, for its loss.
@@ -263,15 +271,22 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
     model = Llava(LlavaConfig(VISION_CONFIG, text_config, image_token_id=len(tokenizer)))
     llama = model.language_model
     initialize(llama)
-    llama.model.embed_tokens.register_forward_hook(add_noise)
+    noise = EmbeddingNoise()
+    llama.model.embed_tokens.register_forward_hook(noise)
     model.multi_modal_projector.requires_grad_(False)
     model.to(device)
     optimizers = muon(llama, lr=1.2e-3)
     settings = dict(seed=seed, steps=steps, batch_size=batch_size)
     checkpoints = Checkpoints(folder / "resume", llama, optimizers, settings)
     run = Run("toy LLaMA", steps, checkpoints, save_every=SAVE_EVERY)
-    batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
-    train(run, model, batches, optimizers, forward_backward)
+
+    def noisy_batches() -> Iterator[list[Batch]]:
+        batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
+        for step, batch in enumerate(batches, run.start):
+            noise.scale = NOISE * step / steps
+            yield batch
+
+    train(run, model, noisy_batches(), optimizers, forward_backward)
     tensors = {name: tensor.bfloat16() for name, tensor in llama.state_dict().items()}
     config = hf_config.llama_json(vars(text_config))
     made = processor.llama_files(tokenizer, text_config.max_position_embeddings)
@@ -281,8 +296,9 @@ def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, smal
 
 @torch.no_grad()
 def answer_scenes(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int,
-                  as_prose: bool) -> tuple[list[dict], list[str]]:
-    """Ask a question of every type about each of `count` validation scenes, given as text.
+                  write: Callable[[Scene, random.Random], str]) -> tuple[list[dict], list[str]]:
+    """Ask a question of every type about each of `count` validation scenes, which the model reads
+    as a text that `write` makes: `telegram` or `prose`.
 
     Returns rows in the format of test.json, and the model's replies.
     """
@@ -291,6 +307,6 @@ def answer_scenes(model: Llava, tokenizer: Tokenizer, rng: random.Random, count:
         for question_type, *pair in questions.one_of_each_type(things, rng):
             turns = prompts.make_turns(pair, image_first=True)
             rows.append({"type": question_type, "conversations": turns})
-            prompted.append((image_to_text(turns[:1], things, rng, as_prose), no_features))
+            prompted.append((put_text(write(things, rng), turns[:1]), no_features))
     replies = dict(generate_replies(model, tokenizer, prompted))
     return rows, [replies[number] for number in range(len(rows))]
