@@ -21,24 +21,24 @@ import torch.nn.functional as F
 from ..benchmarks import scienceqa
 from ..batching import generate_replies
 from ..conversation import IMAGE_TOKEN, tokenize_conversation
-from ..data import Batch, collate
+from ..data import pad_right
 from ..infra.resume import Checkpoints
 from ..infra.run_log import Run
 from ..llama import Attention, Llama, LlamaConfig, apply_rotary_emb, rope_cos_sin
-from ..llava import Llava, LlavaConfig
+from ..llava import Llava, find_targets
 from ..teacher import prompts
 from ..tokenizer import Tokenizer
-from ..training import forward_backward, train
+from ..training import train
 from ..weights import hf_config, hf_format, processor
 from . import questions
-from .clip import SAVE_EVERY, VISION_CONFIG
+from .clip import SAVE_EVERY
 from .muon import muon
 from .scene import COLORS, KINDS, PLACES, Scene, random_scenes
 
 EASY_STEPS = 280  # the first steps, on easy conversations
 # Words are clear at first, because a thing is found by them, and then less and less. At the end:
 UNCLEAR = 0.2  # the share of words in repeats of a telegram that are "thing"
-NOISE = 0.5  # on embeddings, in their standard deviations
+NOISE = 0.5  # on embeddings, in their standard deviations (Jain et al., 2023, "NEFTune")
 GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
 EASY_TYPES = ("kind", "color", "size", "place")
 OPTION_SETS = (  # the options of a multiple-choice question are words of one set
@@ -205,31 +205,28 @@ def share_kind_or_color(things: Scene) -> bool:
 
 
 def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool,
-             unclear: float) -> tuple[list, list, list]:
-    """A random conversation: tokens, labels and, as `collate` expects it, a list of no images.
+             unclear: float) -> tuple[list[int], list[int]]:
+    """A random conversation: its tokens and labels.
 
     The order of the random draws is part of the data: the same seed must give the same rows.
     """
     if rng.random() < (0.5 if easy else 0.12):
-        turns = multiple_choice(rng, easy)
-    else:
-        only_similar = rng.random() < 0.5
-        things = next(things for things in random_scenes(rng)
-                      if not only_similar or share_kind_or_color(things))
-        texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
-        turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
-        as_prose = not easy and rng.random() < 0.4
-        text = (prose(things, rng) if as_prose
-                else telegram(things, rng, repeat=not easy, unclear=unclear))
-        turns = put_text(text, turns)
-    return *tokenize_conversation(turns, tokenizer), []
+        return tokenize_conversation(multiple_choice(rng, easy), tokenizer)
+    only_similar = rng.random() < 0.5
+    things = next(things for things in random_scenes(rng)
+                  if not only_similar or share_kind_or_color(things))
+    texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
+    turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
+    as_prose = not easy and rng.random() < 0.4
+    text = prose(things, rng) if as_prose else telegram(things, rng, not easy, unclear)
+    return tokenize_conversation(put_text(text, turns), tokenizer)
 
 
 def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
-                 batch_size: int) -> Iterator[list[Batch]]:
-    """Yield the one micro-batch of each step, in the form of `data.load_batches`.
+                 batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Yield tokens (B, T), labels (B, T) and the noise of each step.
 
-    It depends on seed, step and steps alone, so that a resumed run sees the same batches.
+    They depend on seed, step and steps alone, so that a resumed run sees the same batches.
     """
     for step in range(start, steps):
         group, number = divmod(step, GROUP)
@@ -241,56 +238,46 @@ def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
             batches = [rows[first : first + batch_size]
                        for first in range(0, len(rows), batch_size)]
             rng.shuffle(batches)
-        yield [collate(batches[number], image_token_id=len(tokenizer))]
+        yield *pad_right(batches[number]), NOISE * step / steps
 
 
 # ---------------------------------------------------------------------------------------------
 # Training
 
 
-class EmbeddingNoise:
-    """A forward hook of an embedding. Image features will be less exact than words: so words are
-    made less exact, too (Jain et al., 2023, "NEFTune").
-    """
-
-    scale = 0.0  # in standard deviations of the embeddings
-
-    def __call__(self, embedding: nn.Embedding, tokens: tuple, embeds: torch.Tensor):
-        std = self.scale * embedding.weight.detach().std()
-        return embeds + std * torch.randn_like(embeds)
+def forward_backward(llama: Llama, batch: tuple, device) -> tuple[torch.Tensor, int]:
+    """Add to the gradients; return the loss and the number of tokens."""
+    tokens, labels, noise = batch
+    embeds = llama.embed(tokens.to(device))  # (B, T, D)
+    std = llama.model.embed_tokens.weight.detach().std()
+    # drawn on the CPU, whose random state is in the checkpoints
+    embeds = embeds + noise * std * torch.randn(embeds.shape).to(device)
+    # position t predicts token t + 1; logits only where that is a target
+    positions = find_targets(labels)  # (n,) among B * T
+    logits = llama.logits(llama(embeds, keep=positions.to(device) - 1))  # (n, V)
+    loss = F.cross_entropy(logits, labels.flatten()[positions].to(device))
+    loss.backward()
+    return loss.detach(), tokens.numel()
 
 
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small: bool = False,
                 steps: int = 9000, batch_size: int = 16) -> None:
-    """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16.
-
-    It is trained inside a LLaVA, which gets no images, for its loss.
-    """
+    """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
-    text_config = llama_config(len(tokenizer), small)
-    model = Llava(LlavaConfig(VISION_CONFIG, text_config, image_token_id=len(tokenizer)))
-    llama = model.language_model
+    config = llama_config(len(tokenizer), small)
+    llama = Llama(config)
     initialize(llama)
-    noise = EmbeddingNoise()
-    llama.model.embed_tokens.register_forward_hook(noise)
-    model.multi_modal_projector.requires_grad_(False)
-    model.to(device)
+    llama.to(device)
     optimizers = muon(llama, lr=1.2e-3)
     settings = dict(seed=seed, steps=steps, batch_size=batch_size)
     checkpoints = Checkpoints(folder / "resume", llama, optimizers, settings)
     run = Run("toy LLaMA", steps, checkpoints, save_every=SAVE_EVERY)
-
-    def noisy_batches() -> Iterator[list[Batch]]:
-        batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
-        for step, batch in enumerate(batches, run.start):
-            noise.scale = NOISE * step / steps
-            yield batch
-
-    train(run, model, noisy_batches(), optimizers, forward_backward)
+    batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
+    train(run, llama, batches, optimizers, forward_backward)
     tensors = {name: tensor.bfloat16() for name, tensor in llama.state_dict().items()}
-    config = hf_config.llama_json(vars(text_config))
-    made = processor.llama_files(tokenizer, text_config.max_position_embeddings)
-    hf_format.save_folder(folder, config, tensors, [tokenizer.path], made)
+    made = processor.llama_files(tokenizer, config.max_position_embeddings)
+    hf_format.save_folder(folder, hf_config.llama_json(vars(config)), tensors, [tokenizer.path],
+                          made)
     checkpoints.clear()
 
 

@@ -7,10 +7,11 @@ import torch
 from nanollava.llama import Llama, apply_rotary_emb, rope_cos_sin
 from nanollava.teacher import prompts
 from nanollava.toy.llama import (
-    EmbeddingNoise,
+    NOISE,
     draw_batches,
     draw_row,
     easy_texts,
+    forward_backward,
     initialize,
     llama_config,
     multiple_choice,
@@ -57,9 +58,8 @@ def test_llama_never_sees_an_image_token(tokenizer):
     rng = random.Random(0)
     for easy in (True, False):
         for _ in range(30):
-            tokens, labels, images = draw_row(tokenizer, rng, easy, unclear=0.2)
-            assert max(tokens) < len(tokenizer) and images == []
-            assert len(tokens) == len(labels)
+            tokens, labels = draw_row(tokenizer, rng, easy, unclear=0.2)
+            assert max(tokens) < len(tokenizer) and len(tokens) == len(labels)
 
 
 def test_easy_texts_have_few_words_beyond_those_of_a_thing():
@@ -104,8 +104,8 @@ def test_batches_are_those_of_the_shipped_weights(tokenizer):
     """A batch depends on seed and step alone, and on the order of all random draws."""
     checksums = []
     for step in (0, 8000):  # easy conversations and mixed ones
-        (batch,) = next(draw_batches(tokenizer, 0, step, 9000, batch_size=4))
-        rows = [batch.tokens.tolist(), batch.labels.tolist()]
+        tokens, labels, _ = next(draw_batches(tokenizer, 0, step, 9000, batch_size=4))
+        rows = [tokens.tolist(), labels.tolist()]
         checksums.append(zlib.crc32(repr(rows).encode()))
     assert checksums == [2824319665, 239163683]
 
@@ -113,28 +113,33 @@ def test_batches_are_those_of_the_shipped_weights(tokenizer):
 def test_resumed_run_sees_the_same_batches(tokenizer):
     full = list(draw_batches(tokenizer, 0, 278, 286, batch_size=2))
     resumed = list(draw_batches(tokenizer, 0, 281, 286, batch_size=2))
-    for [batch], [again] in zip(full[3:], resumed, strict=True):
-        assert torch.equal(batch.tokens, again.tokens)
-        assert torch.equal(batch.labels, again.labels)
+    for (tokens, labels, noise), again in zip(full[3:], resumed, strict=True):
+        assert torch.equal(tokens, again[0]) and torch.equal(labels, again[1])
+        assert noise == again[2]
 
 
 def test_words_become_less_clear(tokenizer):
     (thing,) = tokenizer.encode("thing")
-    shares = []
-    for step in (280, 8000):
-        (batch,) = next(draw_batches(tokenizer, 0, step, 9000, batch_size=64))
-        shares.append((batch.tokens == thing).float().mean())
-    assert shares[1] > 2 * shares[0]
+    shares, noises = [], []
+    for step in (0, 280, 8000):
+        tokens, _, noise = next(draw_batches(tokenizer, 0, step, 9000, batch_size=64))
+        shares.append((tokens == thing).float().mean())
+        noises.append(noise)
+    assert shares[2] > 2 * shares[1]
+    assert noises[0] == 0 and 0 < noises[1] < 0.02 and 0.4 < noises[2] < NOISE
 
 
 def test_noise_is_measured_in_standard_deviations_of_the_embeddings():
     torch.manual_seed(0)
-    embedding = torch.nn.Embedding(1000, 32)
-    embedding.weight.detach().mul_(0.1)
-    tokens, noise = torch.arange(1000), EmbeddingNoise()
-    noise.scale = 0.5
-    added = noise(embedding, (tokens,), embedding(tokens)) - embedding(tokens)
-    assert abs(added.std() - 0.05) < 0.002 and abs(added.mean()) < 0.002
+    llama = Llama(llama_config(vocab_size=100))
+    initialize(llama)
+    tokens, seen = torch.randint(100, (4, 50)), []
+    llama.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for noise in (0.0, 0.5):
+        forward_backward(llama, (tokens, tokens, noise), "cpu")
+    std = llama.model.embed_tokens.weight.std()
+    assert torch.equal(seen[0], llama.embed(tokens))
+    assert abs((seen[1] - seen[0]).std() / std - 0.5) < 0.01
 
 
 def test_heads_of_the_first_block_start_out_attending_to_the_tokens_before():
