@@ -36,7 +36,8 @@ from .muon import muon
 from .scene import COLORS, KINDS, PLACES, Scene, random_scenes
 
 EASY_STEPS = 280  # the first steps, on easy conversations
-# Words are clear at first, because a thing is found by them, and then less and less. At the end:
+# Texts are clear at first, or the model does not learn which words belong together. Step by step
+# they become less clear, because image features will be. In the last step:
 UNCLEAR = 0.2  # the share of words in repeats of a telegram that are "thing"
 NOISE = 0.5  # on embeddings, in their standard deviations (Jain et al., 2023, "NEFTune")
 GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
