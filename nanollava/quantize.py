@@ -26,9 +26,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.cat(numbers))
         self.register_buffer("scale", torch.cat(scales))
 
-    def _apply(self, *arguments):
+    def _apply(self, function, recurse: bool = True):
         """`to(dtype)` casts buffers, but torch's kernel takes the scales in bfloat16."""
-        super()._apply(*arguments)
+        super()._apply(function, recurse)
         self.scale = self.scale.bfloat16()
         return self
 
