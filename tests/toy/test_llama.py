@@ -103,11 +103,11 @@ def test_multiple_choice_answers_name_the_letters_of_the_options():
 def test_batches_are_those_of_the_shipped_weights(tokenizer):
     """A batch depends on seed and step alone, and on the order of all random draws."""
     checksums = []
-    for step in (0, 12_000):  # easy conversations and mixed ones
-        tokens, labels, _ = next(draw_batches(tokenizer, 0, step, 14_000, batch_size=4))
+    for step in (0, 8000):  # easy conversations and mixed ones
+        tokens, labels, _ = next(draw_batches(tokenizer, 0, step, 9000, batch_size=4))
         rows = [tokens.tolist(), labels.tolist()]
         checksums.append(zlib.crc32(repr(rows).encode()))
-    assert checksums == [2824319665, 4162780821]
+    assert checksums == [2824319665, 239163683]
 
 
 def test_resumed_run_sees_the_same_batches(tokenizer):
@@ -121,8 +121,8 @@ def test_resumed_run_sees_the_same_batches(tokenizer):
 def test_words_become_less_clear(tokenizer):
     (thing,) = tokenizer.encode("thing")
     shares, noises = [], []
-    for step in (0, 280, 12_000):
-        tokens, _, noise = next(draw_batches(tokenizer, 0, step, 14_000, batch_size=64))
+    for step in (0, 280, 8000):
+        tokens, _, noise = next(draw_batches(tokenizer, 0, step, 9000, batch_size=64))
         shares.append((tokens == thing).float().mean())
         noises.append(noise)
     assert shares[2] > 2 * shares[1]
