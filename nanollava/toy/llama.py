@@ -35,7 +35,9 @@ from .clip import SAVE_EVERY
 from .muon import muon
 from .scene import COLORS, KINDS, PLACES, Scene, random_scenes
 
-EASY_STEPS = 280  # the first steps, on easy conversations
+# The share of the first steps, on easy conversations. It is longer than the warm-up of the learning
+# rate, or the model never learns which words belong to one thing.
+EASY = 0.05
 # Texts are clear at first, or the model does not learn which words belong together. Step by step
 # they become less clear, because image features will be. In the last step:
 UNCLEAR = 0.2  # the share of words in repeats of a telegram that are "thing"
@@ -139,8 +141,8 @@ def easy_texts(things: Scene, rng: random.Random) -> list[str]:
 
 def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
     """Questions and answers of all types; sometimes a caption, a description or reasoning."""
-    # without an image, presence is the type that is learned last
-    types = (*questions.WEIGHTED_TYPES, "presence", "presence")
+    # from text, presence and size are learned last
+    types = (*questions.WEIGHTED_TYPES, "presence", "presence", "size")
     pairs = questions.draw_questions(things, rng, 5, types)
     if rng.random() < 0.2:
         pairs.append((rng.choice(prompts.BRIEF), rng.choice(questions.captions(things))))
@@ -233,7 +235,8 @@ def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
         group, number = divmod(step, GROUP)
         if number == 0 or step == start:
             rng = random.Random(f"{seed} {group}")
-            easy, unclear = GROUP * group < EASY_STEPS, UNCLEAR * GROUP * group / steps
+            progress = GROUP * group / steps
+            easy, unclear = progress < EASY, UNCLEAR * progress
             rows = [draw_row(tokenizer, rng, easy, unclear) for _ in range(GROUP * batch_size)]
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[first : first + batch_size]
@@ -262,7 +265,7 @@ def forward_backward(llama: Llama, batch: tuple, device) -> tuple[torch.Tensor, 
 
 
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small: bool = False,
-                steps: int = 9000, batch_size: int = 16) -> None:
+                steps: int = 12_000, batch_size: int = 16) -> None:
     """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
     config = llama_config(len(tokenizer), small)
