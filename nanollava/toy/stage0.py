@@ -36,12 +36,17 @@ SINGLE_TOKENS = (
 
 def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     """Train a BPE vocabulary of 448 pieces on texts of the toy world, and write it to `path`."""
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), tokenizer_texts(seed, scenes)
+    # Every printable character gets a piece. SentencePiece has an option for this, but before
+    # 0.2.3 it aborts the process if one of them occurs in no text.
+    text = "".join(lines)
+    for single in SINGLE_TOKENS:  # SentencePiece does not look inside
+        text = text.replace(single, "")
+    lines += sorted(set(string.printable.strip()) - set(text))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tokenizer_texts(seed, scenes)), model_writer=model,
-        model_type="bpe", vocab_size=448, hard_vocab_limit=False,
-        character_coverage=1.0, required_chars=string.printable.strip(),
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=448,
+        hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         user_defined_symbols=["\n", *(text.replace(" ", "▁") for text in SINGLE_TOKENS)],
         minloglevel=2)
     with atomic_write(path) as temporary:
