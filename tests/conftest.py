@@ -1,6 +1,7 @@
 """Fixtures of all tests: the shipped vocabulary, a tiny LLaVA with random weights, a toy world."""
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -19,6 +20,8 @@ from nanollava.weights import hf_config, hf_format
 from tests.teacher.chat_server import Server
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands would choose the GPU; golden values are a CPU's
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup pytest &` ignores it
 
