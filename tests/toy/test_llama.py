@@ -103,17 +103,17 @@ def test_multiple_choice_answers_name_the_letters_of_the_options():
 def test_batches_are_those_of_the_shipped_weights(tokenizer):
     """A batch depends on seed and step alone, and on the order of all random draws."""
     checksums = []
-    for step in (0, 8000):  # easy conversations and mixed ones
-        tokens, labels, _ = next(draw_batches(tokenizer, 0, step, 9000, batch_size=4))
+    for step in (0, 11_000):  # easy conversations and mixed ones
+        tokens, labels, _ = next(draw_batches(tokenizer, 0, step, 12_000, batch_size=4))
         rows = [tokens.tolist(), labels.tolist()]
         checksums.append(zlib.crc32(repr(rows).encode()))
-    assert checksums == [2824319665, 239163683]
+    assert checksums == [2824319665, 2375235924]
 
 
 def test_resumed_run_sees_the_same_batches(tokenizer):
-    full = list(draw_batches(tokenizer, 0, 278, 286, batch_size=2))
-    resumed = list(draw_batches(tokenizer, 0, 281, 286, batch_size=2))
-    for (tokens, labels, noise), again in zip(full[3:], resumed, strict=True):
+    full = list(draw_batches(tokenizer, 0, 0, 40, batch_size=2))
+    resumed = list(draw_batches(tokenizer, 0, 1, 40, batch_size=2))
+    for (tokens, labels, noise), again in zip(full[1:], resumed, strict=True):
         assert torch.equal(tokens, again[0]) and torch.equal(labels, again[1])
         assert noise == again[2]
 
@@ -121,12 +121,12 @@ def test_resumed_run_sees_the_same_batches(tokenizer):
 def test_words_become_less_clear(tokenizer):
     (thing,) = tokenizer.encode("thing")
     shares, noises = [], []
-    for step in (0, 280, 8000):
-        tokens, _, noise = next(draw_batches(tokenizer, 0, step, 9000, batch_size=64))
+    for step in (0, 600, 11_000):
+        tokens, _, noise = next(draw_batches(tokenizer, 0, step, 12_000, batch_size=64))
         shares.append((tokens == thing).float().mean())
         noises.append(noise)
     assert shares[2] > 2 * shares[1]
-    assert noises[0] == 0 and 0 < noises[1] < 0.02 and 0.4 < noises[2] < NOISE
+    assert noises[0] == 0 and 0 < noises[1] < 0.03 and 0.4 < noises[2] < NOISE
 
 
 def test_noise_is_measured_in_standard_deviations_of_the_embeddings():
