@@ -10,6 +10,7 @@ Multiple choice without a scene prepares for ScienceQA.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -210,7 +211,10 @@ def conclusions(tokenizer: Tokenizer, rng: random.Random,
     It must follow from the answer's own words. A model that counts in the text instead is as good
     with texts, but not with images, which are less exact (docs/log.md).
     """
-    things, others = islice(random_scenes(rng), 2)
+    stream = random_scenes(rng)
+    # the text has more of a kind that the answers list
+    things, others = next((things, others) for things, others in zip(stream, stream)
+                          if count_kinds(things) & (count_kinds(others) - count_kinds(things)))
     pairs = questions.draw_questions(things, rng, 5, CONCLUDING_TYPES)
     turns = prompts.make_turns([text for pair in pairs for text in pair],
                                image_first=rng.random() < 0.5)
@@ -223,6 +227,10 @@ def conclusions(tokenizer: Tokenizer, rng: random.Random,
         elif not concluding:
             labels[position], concluding = IGNORE_INDEX, token == so
     return tokens, labels
+
+
+def count_kinds(things: Scene) -> Counter:
+    return Counter(thing.kind for thing in things)
 
 
 def draw_text(things: Scene, rng: random.Random, easy: bool, unclear: float) -> str:
@@ -242,9 +250,10 @@ def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool,
 
     The order of the random draws is part of the data: the same seed must give the same rows.
     """
-    if rng.random() < (0.5 if easy else 0.12):
+    choice = rng.random()
+    if choice < (0.5 if easy else 0.12):
         return tokenize_conversation(multiple_choice(rng, easy), tokenizer)
-    if not easy and rng.random() < 0.1:
+    if choice < (0.65 if easy else 0.27):
         return conclusions(tokenizer, rng, unclear)
     only_similar = rng.random() < 0.5
     things = next(things for things in random_scenes(rng)
