@@ -3,7 +3,7 @@
 The numbers are counted, not measured: parameters from the sizes of the networks, memory from the
 tensors that a step stores, operations from its matrix products, communication from the weights that
 fully_shard gathers. The tests compare the counts with PyTorch's profiler on a small model;
-docs/training.md has those of a 7B on an H100.
+docs/training.md compares them with steps of a 7B on an H100.
 """
 
 import math

@@ -10,8 +10,8 @@ def best_device(requested: str | None = None) -> str:
     """The requested device, else the fastest available. Raises InputError if it does not exist.
 
     Also chooses the attention kernels of CUDA GPUs: not cuDNN's. Since torch 2.11 they are the
-    first choice on the H100 and its successors, but each new shape is planned (ATen's
-    native/cudnn/MHA.cpp), forward and backward for 116 ms, and a run of stage 2 has a thousand.
+    first choice on the H100 and its successors, but planning a new shape takes 116 ms, forward and
+    backward (ATen/native/cudnn/MHA.cpp), and a run of stage 2 has a thousand shapes.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),

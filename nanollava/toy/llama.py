@@ -10,7 +10,6 @@ Multiple choice without a scene prepares for ScienceQA.
 
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 from ..benchmarks import scienceqa
 from ..batching import generate_replies
-from ..conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
+from ..conversation import IMAGE_TOKEN, tokenize_conversation
 from ..data import pad_right
 from ..infra.resume import Checkpoints
 from ..infra.run_log import Run
@@ -45,7 +44,6 @@ UNCLEAR = 0.2  # the share of words in repeats of a telegram that are "thing"
 NOISE = 0.5  # on embeddings, in their standard deviations (Jain et al., 2023, "NEFTune")
 GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
 EASY_TYPES = ("kind", "color", "size", "place")
-CONCLUDING_TYPES = ("count", "count", "relation", "same color")
 OPTION_SETS = (  # the options of a multiple-choice question are words of one set
     tuple(KINDS), tuple(COLORS), PLACES, questions.NUMBERS[1:], ("yes", "no"), ("left", "right"),
     ("above", "below"), tuple(f"the {kind}" for kind in KINDS),
@@ -203,41 +201,6 @@ def prose(things: Scene, rng: random.Random) -> str:
     return rng.choice([*questions.captions(things), questions.description(things)])
 
 
-def conclusions(tokenizer: Tokenizer, rng: random.Random,
-                unclear: float) -> tuple[list[int], list[int]]:
-    """Tokens and labels of answers that conclude: "On the left is a cat and at the top is a cat, so
-    two cats." The text is about another scene, and only what comes after "so" has a label.
-
-    It must follow from the answer's own words. A model that counts in the text instead is as good
-    with texts, but not with images, which are less exact (docs/log.md).
-    """
-    stream = random_scenes(rng)
-    # the text has more of a kind that the answers list
-    things, others = next((things, others) for things, others in zip(stream, stream)
-                          if count_kinds(things) & (count_kinds(others) - count_kinds(things)))
-    pairs = questions.draw_questions(things, rng, 5, CONCLUDING_TYPES)
-    turns = prompts.make_turns([text for pair in pairs for text in pair],
-                               image_first=rng.random() < 0.5)
-    turns = put_text(draw_text(others, rng, False, unclear), turns)
-    tokens, labels = tokenize_conversation(turns, tokenizer)
-    so, concluding = tokenizer.encode("so")[-1], False
-    for position, token in enumerate(tokens):
-        if labels[position] == IGNORE_INDEX:
-            concluding = False
-        elif not concluding:
-            labels[position], concluding = IGNORE_INDEX, token == so
-    return tokens, labels
-
-
-def count_kinds(things: Scene) -> Counter:
-    return Counter(thing.kind for thing in things)
-
-
-def draw_text(things: Scene, rng: random.Random, easy: bool, unclear: float) -> str:
-    as_prose = not easy and rng.random() < 0.4
-    return prose(things, rng) if as_prose else telegram(things, rng, not easy, unclear)
-
-
 def share_kind_or_color(things: Scene) -> bool:
     """True if two things have the same kind or color: such scenes teach to compare and count."""
     kinds, colors = {thing.kind for thing in things}, {thing.color for thing in things}
@@ -250,18 +213,16 @@ def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool,
 
     The order of the random draws is part of the data: the same seed must give the same rows.
     """
-    choice = rng.random()
-    if choice < (0.5 if easy else 0.12):
+    if rng.random() < (0.5 if easy else 0.12):
         return tokenize_conversation(multiple_choice(rng, easy), tokenizer)
-    if choice < (0.65 if easy else 0.27):
-        return conclusions(tokenizer, rng, unclear)
     only_similar = rng.random() < 0.5
     things = next(things for things in random_scenes(rng)
                   if not only_similar or share_kind_or_color(things))
     texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
     turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
-    turns = put_text(draw_text(things, rng, easy, unclear), turns)
-    return tokenize_conversation(turns, tokenizer)
+    as_prose = not easy and rng.random() < 0.4
+    text = prose(things, rng) if as_prose else telegram(things, rng, not easy, unclear)
+    return tokenize_conversation(put_text(text, turns), tokenizer)
 
 
 def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,

@@ -37,10 +37,10 @@ SINGLE_TOKENS = (
 def train_tokenizer(path: Path, seed: int, scenes: int = 10_000) -> Tokenizer:
     """Train a BPE vocabulary of 448 pieces on texts of the toy world, and write it to `path`."""
     model, lines = io.BytesIO(), tokenizer_texts(seed, scenes)
-    # Every printable character gets a piece. SentencePiece has an option for this, but before
-    # 0.2.3 it aborts the process if one of them occurs in no text.
+    # Every printable character becomes a piece if it occurs in the texts. SentencePiece's option
+    # required_chars does the same, but before 0.2.3 it aborts if one of them occurs in no text.
     text = "".join(lines)
-    for single in SINGLE_TOKENS:  # SentencePiece does not look inside
+    for single in SINGLE_TOKENS:  # SentencePiece does not count the characters inside these
         text = text.replace(single, "")
     lines += sorted(set(string.printable.strip()) - set(text))
     sentencepiece.SentencePieceTrainer.train(
