@@ -83,7 +83,7 @@ def main(arguments) -> None:
     print(f'{arguments.image} and "{arguments.prompt}" on their way through {folder}\n')
     print(format_steps(tour.steps))
     print(f"\nAnswer: {tour.answer}\n")
-    print(f"Each word at the patch that LLM block {tour.block + 1} looks at most when it says it:\n")
+    print(f"Each word at the patch that LLM block {tour.block + 1} looks at most to say it:\n")
     print(format_patches(tour.said))
     print0(f"look at it in a browser: {arguments.out}")
 

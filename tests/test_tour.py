@@ -106,7 +106,8 @@ def test_grid_of_words_fits_the_terminal():
     words[0], words[13], words[143] = [" a"], [" yel", "low"], [" house"]
     rows = format_patches(words).split("\n\n")
     assert len(rows) == 6
-    assert rows[0].split() == ["a", "yellow", *"·····"] and rows[5].split() == [*"·····", "house"]
+    assert rows[0].split() == ["a", "yellow", *"·····"]
+    assert rows[5].split() == [*"·····", "house"]
     long = format_patches([[" word"] * 10, [], [], []]).splitlines()
     assert max(map(len, long)) <= 39 and " ".join(long).count("word") == 10
 
@@ -121,7 +122,8 @@ def data_of(page: Path) -> dict:
 
 def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
     taken.prompt = taken.answer = "</script><b>&amp;{{data}}"
-    write_page(tmp_path / "tour.html", "a & b", taken, tokenizer, {"one": [[("cat", 0.5)] * 5] * 16})
+    words = [[("cat", 0.5)] * 5] * 16
+    write_page(tmp_path / "tour.html", "a & b", taken, tokenizer, {"one": words})
     data = data_of(tmp_path / "tour.html")
     assert data["prompt"] == taken.prompt and data["side"] == 4
     assert len(data["views"]["one"]) == 16 and len(data["views"]["one"][0]) == 5

@@ -71,7 +71,8 @@ def test_presence_questions_are_answered_correctly_and_half_of_them_with_yes():
 def test_count_answers_first_list_what_they_count():
     pairs = all_pairs(questions.ask_count)
     assert pairs["How many things are there?"] == (
-        "At the top left is a cat, at the top right is a cat and at the bottom is a fish, so three.")
+        "At the top left is a cat, at the top right is a cat and at the bottom is a fish, "
+        "so three.")
     assert pairs["How many cats are there?"] == (
         "At the top left is a cat and at the top right is a cat, so two cats.")
     assert pairs["How many fish are there?"] == "At the bottom is a fish, so one fish."
