@@ -5,7 +5,7 @@ caption or a description) or a telegram ("cat red big at the top left, ball ..."
 image, nor vectors made to look like one. What it learns about a thing from the words that stand
 next to each other, LLaVA later finds in one image feature.
 
-Multiple choice without a scene prepares for ScienceQA.
+Multiple choice, about a scene and about words alone, prepares for ScienceQA.
 """
 
 import random
@@ -34,6 +34,7 @@ from . import questions
 from .clip import SAVE_EVERY
 from .muon import muon
 from .scene import COLORS, KINDS, PLACES, Scene, random_scenes
+from .scienceqa import scene_problem
 
 # The share of the first steps, on easy conversations. It is longer than the warm-up of the learning
 # rate, or the model never learns which words belong to one thing.
@@ -140,7 +141,9 @@ def easy_texts(things: Scene, rng: random.Random) -> list[str]:
 
 
 def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
-    """Questions and answers of all types; sometimes a caption, a description or reasoning."""
+    """Questions and answers of all types; sometimes a caption, a description, reasoning or multiple
+    choice.
+    """
     # from text, presence and size are learned last
     types = (*questions.WEIGHTED_TYPES, "presence", "presence", "size")
     pairs = questions.draw_questions(things, rng, 5, types)
@@ -150,6 +153,9 @@ def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
         pairs.append((rng.choice(prompts.DETAILED), questions.description(things)))
     if rng.random() < 0.3:
         pairs += questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
+    if rng.random() < 0.3 and (problem := scene_problem(things, rng)):
+        pairs.append((scienceqa.format_question(problem),
+                      scienceqa.format_answer(problem | {"lecture": ""})))
     rng.shuffle(pairs)
     return [text for pair in pairs for text in pair]
 
