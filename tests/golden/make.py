@@ -259,11 +259,11 @@ def make_bytes_model():
 
     texts = [text for texts in CONVERSATIONS[:2] for text in texts] * 4
     texts += ["a curious user asks what is in the picture; the assistant answers: a cat"] * 9
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(HERE / "bytes"), model_type="bpe",
-        vocab_size=340, byte_fallback=True, character_coverage=1.0, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False)
-    (HERE / "bytes.vocab").unlink()
+    with open(HERE / "bytes.model", "wb") as model:  # model_prefix would store this folder's path
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=340,
+            byte_fallback=True, character_coverage=1.0, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False)
 
 
 def make_processor():
