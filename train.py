@@ -93,7 +93,7 @@ def add_training_flags(add) -> None:
         "(default: 1 in stage 1, 3 in stage 2; 0.4 and 0.5 of the toy world)")
     add("--max-steps", type=positive, metavar="N", help="stop after N steps: a smoke test")
     add("--batch-size", type=in_range(1, 65_536),
-        help="rows of a step, on all ranks together (default: 128 and 32; toy: 8 and 16)")
+        help="rows of a step, on all ranks together (default: 128 and 32; toy: 8)")
     add("--micro-batch-size", type=in_range(1, 65_536),
         help="rows that a rank computes at a time, at most (default: its share of a batch)")
     add("--lr", type=in_range(1e-12, 100.0), help="peak learning rate (default: 2e-3 and 2e-5; "

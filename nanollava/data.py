@@ -149,7 +149,7 @@ def length_grouped_batches(lengths, batch_size: int, steps: int, seed: int) -> l
     """
     batches, epoch = [], 0
     while len(batches) < steps:
-        rng = random.Random(seed + epoch)
+        rng = random.Random(f"{seed} {epoch}")
         rows = list(range(len(lengths))) * math.ceil(batch_size / len(lengths))
         rng.shuffle(rows)
         rows = rows[: len(rows) // batch_size * batch_size]

@@ -18,7 +18,7 @@ TOY_RUN, TOY_DATA = Path("runs/toy"), Path("data/toy")
 TOY_IMAGE = ASSETS.with_name("cat.jpg")
 
 PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3), 2: dict(epochs=3, batch_size=32, lr=2e-5)}
-TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3), 2: dict(epochs=3, batch_size=16, lr=4e-4)}
+TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3), 2: dict(epochs=3, batch_size=8, lr=4e-4)}
 TOY_WORLD_EPOCHS = {1: 0.4, 2: 0.5}
 MAX_LENGTH = 2048  # tokens of a row, if the LLM reads as many
 TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the defaults of TOY

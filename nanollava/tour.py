@@ -5,9 +5,9 @@
     python -m nanollava.tour --model weights/llava-1.5-7b --image photo.jpg
 
 The terminal shows every step with its shape, its dtype, its meaning and its place in the code, then
-the image as words, then the answer. tour.html shows more of the same in a browser: what a
-projector makes of the patches before and after training, which tokens are learned, and where the
-model looks while it answers.
+the answer, each word at the patch that the model looks at most when it says it. tour.html shows
+more of the same in a browser: where each block looks, which tokens are learned, and which words are
+nearest to the projected patches before and after training.
 
 The steps are the model's own: `trace` calls its functions and notes what goes through them.
 """
@@ -23,7 +23,9 @@ import inspect
 import io
 import json
 import math
+import textwrap
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, tokenize_conversation
@@ -69,7 +71,7 @@ from .patch_words import (NUM_WORDS, near_cosine, nearest_words, top_words, untr
                           view_patches)
 from .tokenizer import Tokenizer
 
-COLUMNS = 6  # patches of a row on the terminal
+COLUMNS, CELL_WIDTH = 6, 19  # of the grid on the terminal
 PAGE = Path(__file__).with_name("tour_page.html")
 
 
@@ -80,9 +82,9 @@ def main(arguments) -> None:
                       arguments.vision_tower, arguments.quantize)
     print(f'{arguments.image} and "{arguments.prompt}" on their way through {folder}\n')
     print(format_steps(tour.steps))
-    print("\nThe words that are nearest to each patch after the projector; · is no near word:\n")
-    print(format_patches(tour.patch_words, tour.near))
-    print(f"\nAnswer: {tour.answer}")
+    print(f"\nAnswer: {tour.answer}\n")
+    print(f"Each word at the patch that LLM block {tour.block + 1} looks at most to say it:\n")
+    print(format_patches(tour.said))
     print0(f"look at it in a browser: {arguments.out}")
 
 
@@ -125,10 +127,11 @@ class Tour:
     steps: list[Step]
     tokens: list[int]  # T: BOS, system, image, question, answer, stop
     labels: list[int]  # T
-    patch_words: list[list[tuple[str, float]]]  # P times the nearest words, with their cosines
-    near: float  # the cosine from which a word is near
+    near: float  # the cosine from which a word is near to a patch
     likeliest: list[list[tuple[str, float]]]  # A times the likeliest words, with probabilities
     attention: torch.Tensor  # (L, A, P): from where a token is predicted to the patches
+    block: int  # the one that looks at the image most
+    said: list[list[str]]  # P times the tokens that are said while it looks there most
 
 
 @torch.no_grad()
@@ -153,19 +156,19 @@ def take_tour(model: Llava, tokenizer: Tokenizer, image: Image.Image, prompt: st
                                            config.tokens_per_image, config.image_token_id)
     # 3. the row goes through the model; position t predicts token t + 1
     predicting = torch.tensor([t - 1 for t, label in enumerate(labels) if label != IGNORE_INDEX])
-    steps, features, logits, attention = trace(model, pixels[None], tokens, predicting)
+    steps, logits, attention = trace(model, pixels[None], tokens, predicting)
     # 4. numbers become words
+    words = [token_text(tokenizer, label) for label in labels if label != IGNORE_INDEX]
     return Tour(pixels[None], prompt, answer, steps, tokens, labels,
-                nearest_words(model, tokenizer, features[0]),
                 near_cosine(model, tokenizer, pixels[None]),
-                likeliest_words(tokenizer, logits), attention)
+                likeliest_words(tokenizer, logits), attention, *place_words(words, attention))
 
 
 def trace(model: Llava, pixels: torch.Tensor, tokens: list[int], predicting: torch.Tensor):
     """Run a row of tokens with one image through the model, and note each step.
 
     predicting: (A,) positions in the row whose next token is to be predicted.
-    Returns the steps, the image features (1, P, D), the logits (A, V), and attention (L, A, P).
+    Returns the steps, the logits (A, V), and attention (L, A, P).
     """
     row = torch.tensor([tokens])  # (1, T)
     patches = (row[0] == model.config.image_token_id).nonzero()[:, 0]  # (P,)
@@ -176,7 +179,7 @@ def trace(model: Llava, pixels: torch.Tensor, tokens: list[int], predicting: tor
         hidden = model.language_model(embeds, keep=predicting.to(embeds.device))
         logits = model.language_model.logits(hidden)
     steps = list_steps(model, outputs, pixels, row, embeds, logits)
-    return steps, features, logits.float().cpu(), torch.stack(attention)
+    return steps, logits.float().cpu(), torch.stack(attention)
 
 
 @contextlib.contextmanager
@@ -290,6 +293,17 @@ def attention_weights(attention: Attention, x: torch.Tensor, rope, queries: torc
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1)[0].mean(dim=0)
 
 
+def place_words(words: list[str], attention: torch.Tensor) -> tuple[int, list[list[str]]]:
+    """The block that pays the image most attention (L, A, P), and for each of P patches those of
+    the A words for which it looks there most. The last word is the stop, which has no place.
+    """
+    block = int(attention.sum(dim=(1, 2)).argmax())
+    places = [[] for _ in range(attention.shape[2])]
+    for word, patch in zip(words[:-1], attention[block].argmax(dim=-1).tolist()):
+        places[patch].append(word)
+    return block, places
+
+
 def list_projectors(model: Llava, folder: Path) -> dict[str, tuple[Llava, nn.Module]]:
     """{name: (the LLaVA that it belongs to, the projector)}: before and after training.
 
@@ -330,17 +344,19 @@ def format_steps(steps: list[Step]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def format_patches(patch_words: list[list[tuple[str, float]]], near: float) -> str:
-    """The grid of patches with three words each, on at most COLUMNS columns of the terminal."""
-    side = math.isqrt(len(patch_words))
-    shown = range(0, side, -(-side // COLUMNS))  # of a large grid, every second or third patch
+def format_patches(words: list[list[str]]) -> str:
+    """The grid of patches with their words, on at most COLUMNS columns of the terminal."""
+    side = math.isqrt(len(words))
+    count = min(side, COLUMNS)  # of a large grid, a cell holds several patches
+    cells = [[""] * count for _ in range(count)]
+    for patch, found in enumerate(words):
+        row, column = (place * count // side for place in divmod(patch, side))
+        cells[row][column] += "".join(found)
     lines = []
-    for row in shown:
-        cells = [patch_words[row * side + column] for column in shown]
-        for number in range(3):
-            words = (cell[number] if number < len(cell) else ("", 0.0) for cell in cells)
-            words = [word if cosine > near else "·" for word, cosine in words]
-            lines.append(" ".join(word[:19].ljust(19) for word in words).rstrip())
+    for row in cells:
+        wrapped = [textwrap.wrap(cell.strip(), CELL_WIDTH) or ["·"] for cell in row]
+        lines += [" ".join(line.ljust(CELL_WIDTH) for line in parts).rstrip()
+                  for parts in zip_longest(*wrapped, fillvalue="")]
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -363,7 +379,8 @@ def write_page(path: Path, title: str, tour: Tour, tokenizer: Tokenizer,
         "views": {name: rounded(words) for name, words in views.items()},
         "near": round(tour.near, 4), "row": describe_row(tour, tokenizer),
         "likeliest": rounded(tour.likeliest),
-        "attention": {"blocks": L, "shades": base64.b64encode(shades.numpy()).decode(),
+        "attention": {"blocks": L, "block": tour.block,
+                      "shades": base64.b64encode(shades.numpy()).decode(),
                       "on_image": [[round(share, 3) for share in row]
                                    for row in on_image.tolist()]},
     }

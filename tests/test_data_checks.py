@@ -117,7 +117,7 @@ def test_row_that_cannot_exceed_max_length_is_not_tokenized(config):
     assert row_length([QUESTION, ANSWER], None, config, max_length=300) < 300
 
 
-def test_padding_is_below_3_percent_of_the_tokens_of_each_rank():
+def test_padding_is_below_4_percent_of_the_tokens_of_each_rank():
     """Batches of 32 on 8 ranks; lengths as in LLaVA-Instruct, estimated with an error of 4 %."""
     rng = random.Random(0)
     text = [rng.lognormvariate(5.5, 0.5) for _ in range(20_000)]
@@ -126,7 +126,7 @@ def test_padding_is_below_3_percent_of_the_tokens_of_each_rank():
     batches = length_grouped_batches(estimated, batch_size=32, steps=600, seed=0)
     shares = [[exact[row] for row in batch[rank::8]] for batch in batches for rank in range(8)]
     computed = sum(max(share) * len(share) for share in shares)
-    assert sum(map(sum, shares)) > 0.97 * computed
+    assert sum(map(sum, shares)) > 0.96 * computed
 
 
 def test_stats_count_usable_rows_and_name_the_others(tmp_path):

@@ -16,7 +16,13 @@ from nanollava.conversation import IGNORE_INDEX
 from nanollava.image import preprocess
 from nanollava.infra.io import InputError
 from nanollava.llama import Attention, LlamaConfig, rope_cos_sin
-from nanollava.tour import attention_weights, take_tour, write_page
+from nanollava.tour import (
+    attention_weights,
+    format_patches,
+    place_words,
+    take_tour,
+    write_page,
+)
 
 PROMPT = "What is there?"
 
@@ -86,6 +92,26 @@ def test_attention_weights_are_those_of_the_forward_pass(key_heads):
     torch.testing.assert_close(second_head @ values, expected)
 
 
+def test_words_are_placed_by_the_block_that_looks_at_the_image_most():
+    attention = torch.full((2, 4, 4), 0.1)  # 2 blocks, 3 words and the stop, 4 patches
+    attention[0, :, 3] = 0.15
+    for word, patch in enumerate((2, 0, 2, 1)):
+        attention[1, word, patch] = 0.6
+    block, places = place_words([" a", " red", " cat", "</s>"], attention)
+    assert block == 1 and places == [[" red"], [], [" a", " cat"], []]
+
+
+def test_grid_of_words_fits_the_terminal():
+    words = [[] for _ in range(144)]  # 12 x 12 patches: a cell holds 2 x 2
+    words[0], words[13], words[143] = [" a"], [" yel", "low"], [" house"]
+    rows = format_patches(words).split("\n\n")
+    assert len(rows) == 6
+    assert rows[0].split() == ["a", "yellow", *"·····"]
+    assert rows[5].split() == [*"·····", "house"]
+    long = format_patches([[" word"] * 10, [], [], []]).splitlines()
+    assert max(map(len, long)) <= 39 and " ".join(long).count("word") == 10
+
+
 def data_of(page: Path) -> dict:
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>") and text.endswith("</html>\n")
@@ -96,7 +122,8 @@ def data_of(page: Path) -> dict:
 
 def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
     taken.prompt = taken.answer = "</script><b>&amp;{{data}}"
-    write_page(tmp_path / "tour.html", "a & b", taken, tokenizer, {"one": taken.patch_words})
+    words = [[("cat", 0.5)] * 5] * 16
+    write_page(tmp_path / "tour.html", "a & b", taken, tokenizer, {"one": words})
     data = data_of(tmp_path / "tour.html")
     assert data["prompt"] == taken.prompt and data["side"] == 4
     assert len(data["views"]["one"]) == 16 and len(data["views"]["one"][0]) == 5
@@ -105,6 +132,7 @@ def test_page_holds_the_tour_and_loads_nothing_else(taken, tokenizer, tmp_path):
     assert kinds.count("image") == 16 and A == len(data["likeliest"])
     shades = base64.b64decode(data["attention"]["shades"])
     assert len(shades) == data["attention"]["blocks"] * A * 16 and max(shades) == 255
+    assert data["attention"]["block"] == taken.block
 
 
 @pytest.mark.parametrize("layer, steps", [(-1, 12), (-2, 11), (-3, 10)])

@@ -4,8 +4,8 @@ Two contrastive losses train it. The first is CLIP's own: an image belongs to it
 second does the same for patches, as GLIP does for regions (Li et al., 2022): the features of a
 patch, at the layer that LLaVA reads, belong to the caption of the one thing on it. A public CLIP
 learns what is on its patches from 400 million images. Here the second loss makes up for the small
-number of images: in a few minutes, the first alone teaches much about an image as a whole and
-little about its parts.
+number of images: with so few, the first alone teaches much about an image as a whole and little
+about its parts.
 
 Shapes: N images of P patches, D the hidden size of a tower, E the size of the shared space.
 """
@@ -223,7 +223,7 @@ def forward_backward(clip: Clip, batch: tuple, device) -> tuple[torch.Tensor, in
 
 
 def train_clip(folder: Path, tokenizer: Tokenizer, seed: int, device: str,
-               steps: int = 400, batch_size: int = 128) -> None:
+               steps: int = 2500, batch_size: int = 128) -> None:
     """Train the toy CLIP, with new scenes in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
     clip = Clip(tokenizer).to(device)

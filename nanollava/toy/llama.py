@@ -1,19 +1,16 @@
-"""The toy world's LLaMA: a language model trained on conversations about scenes, without images.
+"""The toy world's LLaMA: a language model that has read text alone.
 
-A conversation presents its scene in one of two ways. As prose, a caption stands in the place of
-the image. As patch words, each patch of the image becomes the sum of the embeddings of its words
-("red", "cat", "at the top left"), and these vectors stand where image features will stand later.
-From prose alone, a network of this size soon learns to name the things of a scene, but very slowly
-which color belongs to which thing. From patch words that is one step of attention, and it carries
-over to prose.
+It learns from conversations about scenes in which a text stands in the place of the image: prose (a
+caption or a description) or a telegram ("cat red big at the top left, ball ..."). It never sees an
+image, nor vectors made to look like one. What it learns about a thing from the words that stand
+next to each other, LLaVA later finds in one image feature.
 
-Multiple choice without a scene prepares for ScienceQA.
+Multiple choice, about a scene and about words alone, prepares for ScienceQA.
 """
 
 import random
 import re
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -28,17 +25,24 @@ from ..data import pad_right
 from ..infra.resume import Checkpoints
 from ..infra.run_log import Run
 from ..llama import Attention, Llama, LlamaConfig, apply_rotary_emb, rope_cos_sin
-from ..llava import Llava, LlavaConfig
+from ..llava import Llava, find_targets
 from ..teacher import prompts
 from ..tokenizer import Tokenizer
 from ..training import train
 from ..weights import hf_config, hf_format, processor
 from . import questions
-from .clip import SAVE_EVERY, VISION_CONFIG, things_on_patches
+from .clip import SAVE_EVERY
 from .muon import muon
-from .scene import COLORS, KINDS, PLACES, SIZES, Box, Scene, random_boxes, random_scenes
+from .scene import COLORS, KINDS, PLACES, Scene, random_scenes
+from .scienceqa import scene_problem
 
-EASY_STEPS = 280  # the first steps, on easy conversations
+# The share of the first steps, on easy conversations. It is longer than the warm-up of the learning
+# rate, or the model never learns which words belong to one thing.
+EASY = 0.05
+# Texts are clear at first, or the model does not learn which words belong together. Step by step
+# they become less clear, because image features will be. In the last step:
+UNCLEAR = 0.2  # the share of words in repeats of a telegram that are "thing"
+NOISE = 0.5  # on embeddings, in their standard deviations (Jain et al., 2023, "NEFTune")
 GROUP = 4  # steps whose rows are drawn together and grouped by length, for less padding
 EASY_TYPES = ("kind", "color", "size", "place")
 OPTION_SETS = (  # the options of a multiple-choice question are words of one set
@@ -67,11 +71,11 @@ def llama_config(vocab_size: int, small: bool = False) -> LlamaConfig:
 def initialize(llama: Llama) -> None:
     """Initial weights with which a small network learns in few steps.
 
-    Embeddings are clearly different, blocks add nothing, and all next tokens are about equally
-    likely. One attention head looks at the token before.
+    Embeddings are clearly different, and all next tokens are about equally likely. Blocks add
+    nothing, except for the attention of the first: its heads bring the tokens before.
     """
     for name, parameter in llama.named_parameters():
-        if "embed_tokens" in name:  # mean 0.1, see attend_to_previous_token
+        if "embed_tokens" in name:  # mean 0.1, see attend_back
             noise = F.layer_norm(torch.randn_like(parameter), parameter.shape[1:])
             parameter.copy_(0.1 + 0.1 * noise)
         elif "lm_head" in name:
@@ -80,51 +84,35 @@ def initialize(llama: Llama) -> None:
             nn.init.zeros_(parameter)
         elif parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.7 * parameter.shape[1] ** -0.5)
-    attend_to_previous_token(llama.model.layers[0].self_attn, llama.config)
+    for head in range(llama.config.num_attention_heads):
+        attend_back(llama.model.layers[0].self_attn, llama.config, head)
 
 
 @torch.no_grad()
-def attend_to_previous_token(attention: Attention, config: LlamaConfig) -> None:
-    """Set the query and key of head 0 such that each token attends to the one before.
+def attend_back(attention: Attention, config: LlamaConfig, head: int) -> None:
+    """Set a head such that each token attends to the one `head + 1` positions before it, and gets a
+    part of its embedding.
 
     All embeddings have the same positive mean, so a projection whose columns are equal makes the
     same vector of every token. That is a query which differs between positions only in its rotary
-    angle. The key is the same vector, rotated one position further: the key of position t - 1 then
-    points where the query of position t points, and no other key does.
+    angle. The key is the same vector, rotated some positions further: the key of an earlier
+    position then points where the query points, and no other key does.
 
-    With this head, the model learns in less than half the steps which letter stands before a word.
+    With such heads the comma behind "cat red big at the top left" has the four words before it in
+    its vector, and the next block can find one by another. Without them this network hardly learns
+    which color belongs to which thing (docs/log.md).
     """
     query = (torch.arange(config.head_dim) < config.head_dim // 2).float()  # (head_dim,)
-    cos, sin = rope_cos_sin(torch.tensor([[1]]), config)
+    cos, sin = rope_cos_sin(torch.tensor([[head + 1]]), config)
     key = apply_rotary_emb(query, cos, sin).flatten()
     sharpness = 8  # large enough that softmax gives almost all weight to that key
-    head = slice(config.head_dim)
-    attention.q_proj.weight[head] = sharpness / config.hidden_size * query[:, None]
-    attention.k_proj.weight[head] = sharpness / config.hidden_size * key[:, None]
-
-
-def patch_words(things: Scene, boxes: list[Box]) -> list[list[str]]:
-    """For each patch, in reading order, the words for the thing on it; none for background."""
-    return [[thing.kind, thing.color, thing.size, thing.place] if thing else []
-            for thing in things_on_patches(things, boxes)]
-
-
-def embed_patch_words(model: Llava, tokenizer: Tokenizer, images: list[list[list[str]]],
-                      rng: random.Random, dropout=0.0, noise=0.0) -> torch.Tensor:
-    """The patch words of N scenes to (N, P, D): each patch is the sum of its words' embeddings.
-
-    dropout: the share of words to leave out. noise: in standard deviations of the embeddings.
-    """
-    table = model.language_model.model.embed_tokens.weight  # (V, D)
-    token_ids = {word: tokenizer.encode(word) for word in (*KINDS, *COLORS, *SIZES, *PLACES)}
-    patches = [[token for word in words if rng.random() >= dropout for token in token_ids[word]]
-               for image in images for words in image]
-    width = max(map(len, patches))
-    padded = [tokens + [-1] * (width - len(tokens)) for tokens in patches]
-    tokens = torch.tensor(padded, device=table.device).view(len(images), -1, width)
-    embeds = F.embedding(tokens.clamp(min=0), table) * (tokens >= 0)[..., None]
-    embeds = embeds.sum(dim=2)  # (N, P, width, D) -> (N, P, D)
-    return embeds + noise * table.detach().std() * torch.randn_like(embeds)
+    rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+    attention.q_proj.weight[rows] = sharpness / config.hidden_size * query[:, None]
+    attention.k_proj.weight[rows] = sharpness / config.hidden_size * key[:, None]
+    # the embedding's part in a random subspace of head_dim dimensions, a different one in each head
+    subspace = nn.init.orthogonal_(torch.empty(config.head_dim, config.hidden_size))
+    attention.v_proj.weight[rows] = subspace
+    attention.o_proj.weight[:, rows] = 0.2 * subspace.T
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,14 +141,21 @@ def easy_texts(things: Scene, rng: random.Random) -> list[str]:
 
 
 def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
-    """Questions and answers of all types; sometimes a caption, a description or reasoning."""
-    pairs = questions.draw_questions(things, rng, 5, questions.WEIGHTED_TYPES)
+    """Questions and answers of all types; sometimes a caption, a description, reasoning or multiple
+    choice.
+    """
+    # from text, presence and size are learned last
+    types = (*questions.WEIGHTED_TYPES, "presence", "presence", "size")
+    pairs = questions.draw_questions(things, rng, 5, types)
     if rng.random() < 0.2:
         pairs.append((rng.choice(prompts.BRIEF), rng.choice(questions.captions(things))))
     if rng.random() < 0.1:
         pairs.append((rng.choice(prompts.DETAILED), questions.description(things)))
     if rng.random() < 0.3:
         pairs += questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
+    if rng.random() < 0.3 and (problem := scene_problem(things, rng)):
+        pairs.append((scienceqa.format_question(problem),
+                      scienceqa.format_answer(problem | {"lecture": ""})))
     rng.shuffle(pairs)
     return [text for pair in pairs for text in pair]
 
@@ -189,10 +184,27 @@ def multiple_choice(rng: random.Random, easy: bool) -> list[dict]:
             for speaker, text in zip(cycle(("human", "gpt")), texts)]
 
 
-def image_to_prose(turns: list[dict], things: Scene, rng: random.Random) -> list[dict]:
-    """The conversation with a caption or description in place of its image."""
-    text = rng.choice([*questions.captions(things), questions.description(things)])
+def telegram(things: Scene, rng: random.Random, repeat: bool = True, unclear: float = 0.0) -> str:
+    """For example "cat red big at the top left, ball blue small in the middle.", in any order.
+
+    repeat: name each thing one to four times, as several patches of an image show one thing.
+    unclear: the share of words in repeats that are "thing", as a patch need not show all of it.
+    """
+    mentions = [(thing.kind, thing.color, thing.size, thing.place) for thing in things]
+    if repeat:
+        mentions += [["thing" if rng.random() < unclear else word for word in words]
+                     for words in mentions for _ in range(rng.randrange(4))]
+    rng.shuffle(mentions)
+    return ", ".join(map(" ".join, mentions)) + "."
+
+
+def put_text(text: str, turns: list[dict]) -> list[dict]:
+    """The conversation with a text in place of its image."""
     return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, text)} for turn in turns]
+
+
+def prose(things: Scene, rng: random.Random) -> str:
+    return rng.choice([*questions.captions(things), questions.description(things)])
 
 
 def share_kind_or_color(things: Scene) -> bool:
@@ -201,111 +213,97 @@ def share_kind_or_color(things: Scene) -> bool:
     return min(len(kinds), len(colors)) < len(things)
 
 
-def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool) -> tuple:
-    """A random conversation: its tokens, labels and patch words, or None where it has no image.
+def draw_row(tokenizer: Tokenizer, rng: random.Random, easy: bool,
+             unclear: float) -> tuple[list[int], list[int]]:
+    """A random conversation: its tokens and labels.
 
     The order of the random draws is part of the data: the same seed must give the same rows.
     """
+    if rng.random() < (0.5 if easy else 0.12):
+        return tokenize_conversation(multiple_choice(rng, easy), tokenizer)
     only_similar = rng.random() < 0.5
     things = next(things for things in random_scenes(rng)
                   if not only_similar or share_kind_or_color(things))
-    words = None
-    if rng.random() < (0.5 if easy else 0.12):
-        turns = multiple_choice(rng, easy)  # the scene is not used
-    else:
-        as_prose = not easy and rng.random() < 1 / 3
-        texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
-        turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
-        if as_prose:
-            turns = image_to_prose(turns, things, rng)
-        else:
-            words = patch_words(things, random_boxes(things, rng))
-    tokens, labels = tokenize_conversation(
-        turns, tokenizer, tokens_per_image=VISION_CONFIG.num_patches)
-    return tokens, labels, words
+    texts = easy_texts(things, rng) if easy else mixed_texts(things, rng)
+    turns = prompts.make_turns(texts, image_first=easy or rng.random() < 0.5)
+    as_prose = not easy and rng.random() < 0.4
+    text = prose(things, rng) if as_prose else telegram(things, rng, not easy, unclear)
+    return tokenize_conversation(put_text(text, turns), tokenizer)
 
 
 def draw_batches(tokenizer: Tokenizer, seed: int, start: int, steps: int,
-                 batch_size: int) -> Iterator[tuple]:
-    """Yield tokens (B, T), labels (B, T), patch words and a random generator for each step.
+                 batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Yield tokens (B, T), labels (B, T) and the noise of each step.
 
-    They depend on seed and step alone, so that a resumed run sees the same batches.
+    They depend on seed, step and steps alone, so that a resumed run sees the same batches.
     """
     for step in range(start, steps):
         group, number = divmod(step, GROUP)
         if number == 0 or step == start:
             rng = random.Random(f"{seed} {group}")
-            easy = GROUP * group < EASY_STEPS
-            rows = [draw_row(tokenizer, rng, easy) for _ in range(GROUP * batch_size)]
+            progress = GROUP * group / steps
+            easy, unclear = progress < EASY, UNCLEAR * progress
+            rows = [draw_row(tokenizer, rng, easy, unclear) for _ in range(GROUP * batch_size)]
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[first : first + batch_size]
                        for first in range(0, len(rows), batch_size)]
             rng.shuffle(batches)
-        tokens, labels = pad_right([(tokens, labels) for tokens, labels, _ in batches[number]])
-        words = [words for _, _, words in batches[number] if words]
-        yield tokens, labels, words, random.Random(f"{seed} {step} forget")
+        yield *pad_right(batches[number]), NOISE * step / steps
 
 
 # ---------------------------------------------------------------------------------------------
 # Training
 
 
-def forward_backward(tokenizer: Tokenizer, model: Llava, batch: tuple,
-                     device) -> tuple[torch.Tensor, int]:
+def forward_backward(llama: Llama, batch: tuple, device) -> tuple[torch.Tensor, int]:
     """Add to the gradients; return the loss and the number of tokens."""
-    tokens, labels, words, rng = batch
-    features = (embed_patch_words(model, tokenizer, words, rng, dropout=0.1, noise=0.3)
-                if words else None)
-    loss = model(tokens, labels=labels, image_features=features)
+    tokens, labels, noise = batch
+    embeds = llama.embed(tokens.to(device))  # (B, T, D)
+    std = llama.model.embed_tokens.weight.detach().std()
+    # drawn on the CPU, whose random state is in the checkpoints
+    embeds = embeds + noise * std * torch.randn(embeds.shape).to(device)
+    # position t predicts token t + 1; logits only where that is a target
+    positions = find_targets(labels)  # (n,) among B * T
+    logits = llama.logits(llama(embeds, keep=positions.to(device) - 1))  # (n, V)
+    loss = F.cross_entropy(logits, labels.flatten()[positions].to(device))
     loss.backward()
     return loss.detach(), tokens.numel()
 
 
 def train_llama(folder: Path, tokenizer: Tokenizer, seed: int, device: str, small: bool = False,
-                steps: int = 2400, batch_size: int = 16) -> None:
-    """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16.
-
-    It is trained inside a LLaVA, which puts the embedded patch words in the place of image tokens.
-    """
+                steps: int = 12_000, batch_size: int = 16) -> None:
+    """Train the toy LLaMA, with new conversations in every step, and save it in bfloat16."""
     torch.manual_seed(seed)
-    text_config = llama_config(len(tokenizer), small)
-    model = Llava(LlavaConfig(VISION_CONFIG, text_config, image_token_id=len(tokenizer)))
-    llama = model.language_model
+    config = llama_config(len(tokenizer), small)
+    llama = Llama(config)
     initialize(llama)
-    model.multi_modal_projector.requires_grad_(False)
-    model.to(device)
+    llama.to(device)
     optimizers = muon(llama, lr=1.2e-3)
     settings = dict(seed=seed, steps=steps, batch_size=batch_size)
     checkpoints = Checkpoints(folder / "resume", llama, optimizers, settings)
     run = Run("toy LLaMA", steps, checkpoints, save_every=SAVE_EVERY)
     batches = draw_batches(tokenizer, seed, run.start, steps, batch_size)
-    train(run, model, batches, optimizers, partial(forward_backward, tokenizer))
+    train(run, llama, batches, optimizers, forward_backward)
     tensors = {name: tensor.bfloat16() for name, tensor in llama.state_dict().items()}
-    config = hf_config.llama_json(vars(text_config))
-    made = processor.llama_files(tokenizer, text_config.max_position_embeddings)
-    hf_format.save_folder(folder, config, tensors, [tokenizer.path], made)
+    made = processor.llama_files(tokenizer, config.max_position_embeddings)
+    hf_format.save_folder(folder, hf_config.llama_json(vars(config)), tensors, [tokenizer.path],
+                          made)
     checkpoints.clear()
 
 
 @torch.no_grad()
 def answer_scenes(model: Llava, tokenizer: Tokenizer, rng: random.Random, count: int,
-                  as_prose: bool) -> tuple[list[dict], list[str]]:
-    """Ask a question of every type about each of `count` validation scenes, without images.
+                  write: Callable[[Scene, random.Random], str]) -> tuple[list[dict], list[str]]:
+    """Ask a question of every type about each of `count` validation scenes, which the model reads
+    as a text that `write` makes: `telegram` or `prose`.
 
     Returns rows in the format of test.json, and the model's replies.
     """
-    rows, pairs, no_features = [], [], model.encode_images(None)  # (0, P, D)
+    rows, prompted, no_features = [], [], model.encode_images(None)  # (0, P, D)
     for things in islice(random_scenes(rng, validation=True), count):
-        new_rows = [{"type": question_type,
-                     "conversations": prompts.make_turns(pair, image_first=True)}
-                    for question_type, *pair in questions.one_of_each_type(things, rng)]
-        words = patch_words(things, random_boxes(things, rng))
-        prompted = [row["conversations"][:1] for row in new_rows]
-        if as_prose:
-            pairs += [(image_to_prose(turns, things, rng), no_features) for turns in prompted]
-        else:
-            features = embed_patch_words(model, tokenizer, [words] * len(new_rows), rng)
-            pairs += zip(prompted, features[:, None])  # (questions, 1, P, D)
-        rows += new_rows
-    replies = dict(generate_replies(model, tokenizer, pairs))
+        for question_type, *pair in questions.one_of_each_type(things, rng):
+            turns = prompts.make_turns(pair, image_first=True)
+            rows.append({"type": question_type, "conversations": turns})
+            prompted.append((put_text(write(things, rng), turns[:1]), no_features))
+    replies = dict(generate_replies(model, tokenizer, prompted))
     return rows, [replies[number] for number in range(len(rows))]

@@ -136,13 +136,21 @@ def ask_presence(things, rng):
 
 
 def ask_count(things, rng):
-    """The answer names every thing before it counts."""
-    listing = join_words([f"{t.place} is {with_article(t.kind)}" for t in things])
+    """The answer names the things that it counts, and no others: the count is then the length of
+    its list. Counts of one kind in a list of all things are often wrong (docs/log.md).
+    """
     if rng.random() < 0.3:
-        return "How many things are there?", sentence(f"{listing}, so {NUMBERS[len(things)]}")
+        answer = sentence(f"{list_kinds(things)}, so {NUMBERS[len(things)]}")
+        return "How many things are there?", answer
     kind = rng.choice(things).kind if rng.random() < 0.8 else rng.choice(tuple(KINDS))
-    result = count_phrase(sum(t.kind == kind for t in things), kind)
-    return f"How many {plural(kind)} are there?", sentence(f"{listing}, so {result}")
+    counted = [thing for thing in things if thing.kind == kind]
+    count = count_phrase(len(counted), kind)
+    answer = f"{list_kinds(counted)}, so {count}" if counted else f"there are {count}"
+    return f"How many {plural(kind)} are there?", sentence(answer)
+
+
+def list_kinds(things):
+    return join_words([f"{thing.place} is {with_article(thing.kind)}" for thing in things])
 
 
 def ask_relation(things, rng):

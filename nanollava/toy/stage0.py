@@ -23,7 +23,7 @@ from ..teacher import prompts
 from ..tokenizer import Tokenizer
 from . import questions, scene
 from .clip import clip_accuracy, load_clip, train_clip
-from .llama import answer_scenes, train_llama
+from .llama import answer_scenes, prose, telegram, train_llama
 from .scienceqa import draw_problem
 from .score import accuracy
 
@@ -95,8 +95,8 @@ def evaluate_parts(folder: Path, device: str, scenes: int = 300) -> dict[str, di
     """Accuracy of the LLaMA and the CLIP on validation scenes: {column: {row: percent}}."""
     model = Llava.from_parts(folder / "toy-clip", folder / "toy-llama", device=device)
     tokenizer, rng = Tokenizer(folder / "toy-llama"), random.Random(1)
-    columns = {name: accuracy(*answer_scenes(model, tokenizer, rng, scenes, as_prose))
-               for name, as_prose in (("LLaMA, patch words", False), ("LLaMA, prose", True))}
+    columns = {name: accuracy(*answer_scenes(model, tokenizer, rng, scenes, write))
+               for name, write in (("LLaMA, telegrams", telegram), ("LLaMA, prose", prose))}
     clip = load_clip(folder / "toy-clip").to(device)
     columns["CLIP, 1 of 32"] = {"all": clip_accuracy(clip, rng, scenes)}
     return columns

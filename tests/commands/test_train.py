@@ -129,7 +129,7 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch, device, cores, ranks,
 
 
 @pytest.mark.parametrize("width, stage, epochs, batch_size, lr", [
-    (192, 1, 1, 8, 4e-3), (192, 2, 3, 16, 4e-4), (2048, 1, 1, 128, 2e-3), (2048, 2, 3, 32, 2e-5)])
+    (192, 1, 1, 8, 4e-3), (192, 2, 3, 8, 4e-4), (2048, 1, 1, 128, 2e-3), (2048, 2, 3, 32, 2e-5)])
 def test_defaults_for_own_data_are_whole_epochs_and_depend_on_the_width(
         parse, monkeypatch, tmp_path, world, width, stage, epochs, batch_size, lr):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from nanollava.teacher.ledger import Answer, Ledger
 from nanollava.toy import dataset, questions, scene
 
 CHECKSUMS = {  # of a world with 60 training and 10 validation images, seed 0
-    "pretrain.json": 195516982, "instruct.json": 471354087, "test.json": 2947371670,
+    "pretrain.json": 195516982, "instruct.json": 1288941706, "test.json": 3306373732,
     "annotations/captions.json": 3772144563, "annotations/instances.json": 3089421743,
 }
 

@@ -63,7 +63,7 @@ def fake_tour(tokenizer, patch_of_block):
     for block, patch in enumerate(patch_of_block):
         attention[block, :, patch] = 1
     likeliest = [[("", 1.0)]] * 2
-    return Tour(None, "", "", [], tokens, tokens, [], 0.2, likeliest, attention)
+    return Tour(None, "", "", [], tokens, tokens, 0.2, likeliest, attention, 0, [])
 
 
 def test_attention_is_scored_in_the_block_that_is_best_on_other_images(tokenizer, monkeypatch):

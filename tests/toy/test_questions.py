@@ -68,14 +68,15 @@ def test_presence_questions_are_answered_correctly_and_half_of_them_with_yes():
     assert 0.4 < sum(yes) / len(yes) < 0.6
 
 
-def test_count_answers_list_all_things_first():
+def test_count_answers_first_list_what_they_count():
     pairs = all_pairs(questions.ask_count)
-    listing = ("At the top left is a cat, at the top right is a cat and at the bottom is a fish, "
-               "so")
-    assert pairs["How many things are there?"] == f"{listing} three."
-    assert pairs["How many cats are there?"] == f"{listing} two cats."
-    assert pairs["How many fish are there?"] == f"{listing} one fish."
-    assert pairs["How many cars are there?"] == f"{listing} no cars."
+    assert pairs["How many things are there?"] == (
+        "At the top left is a cat, at the top right is a cat and at the bottom is a fish, "
+        "so three.")
+    assert pairs["How many cats are there?"] == (
+        "At the top left is a cat and at the top right is a cat, so two cats.")
+    assert pairs["How many fish are there?"] == "At the bottom is a fish, so one fish."
+    assert pairs["How many cars are there?"] == "There are no cars."
 
 
 def test_same_color_answers_state_both_colors_first():

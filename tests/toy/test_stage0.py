@@ -34,11 +34,11 @@ def test_both_parts_are_trained_and_existing_ones_are_kept(tmp_path, monkeypatch
     assert model.config.tokens_per_image == 36
     assert model.config.image_token_id == model.config.text.vocab_size
     columns = stage0.evaluate_parts(tmp_path, "cpu", scenes=2)
-    assert set(columns["LLaMA, patch words"]) == {*questions.QUESTION_TYPES, "all"}
+    assert set(columns["LLaMA, telegrams"]) == {*questions.QUESTION_TYPES, "all"}
     assert 0 <= columns["CLIP, 1 of 32"]["all"] <= 100
 
 
 def test_shipped_parts_answer_at_least_90_percent():
     columns = stage0.evaluate_parts(ASSETS, "cpu", scenes=40)
-    for name in ("CLIP, 1 of 32", "LLaMA, patch words", "LLaMA, prose"):
+    for name in ("CLIP, 1 of 32", "LLaMA, telegrams", "LLaMA, prose"):
         assert columns[name]["all"] >= 90
