@@ -141,8 +141,8 @@ def easy_texts(things: Scene, rng: random.Random) -> list[str]:
 
 
 def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
-    """Questions and answers of all types; sometimes a caption, a description, reasoning or multiple
-    choice.
+    """Questions of all types with answers, sometimes also a caption, a description, reasoning or a
+    multiple-choice problem.
     """
     # from text, presence and size are learned last
     types = (*questions.WEIGHTED_TYPES, "presence", "presence", "size")
@@ -154,6 +154,7 @@ def mixed_texts(things: Scene, rng: random.Random) -> list[str]:
     if rng.random() < 0.3:
         pairs += questions.draw_questions(things, rng, 1, tuple(questions.REASONING_TYPES))
     if rng.random() < 0.3 and (problem := scene_problem(things, rng)):
+        # without the lecture, which is the same in all problems of a type
         pairs.append((scienceqa.format_question(problem),
                       scienceqa.format_answer(problem | {"lecture": ""})))
     rng.shuffle(pairs)
