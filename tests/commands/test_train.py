@@ -55,19 +55,22 @@ def test_same_seed_trains_the_same_weights(command, parts, world):
     assert a.equal(b) and not a.equal(c)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_is_saved_and_computed_in_where_it_is_fast(
-        command, parts, world, monkeypatch, fast):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+@pytest.mark.parametrize("fast, flags, computed, saved", [
+    (True, ["--dtype", "bfloat16"], torch.bfloat16, torch.bfloat16),
+    (False, ["--dtype", "bfloat16"], torch.float32, torch.bfloat16),
+    (True, [], torch.float32, torch.float32)])  # a toy model
+def test_bfloat16_is_saved_if_asked_and_computed_in_where_it_is_fast(
+        command, parts, world, monkeypatch, fast, flags, computed, saved):
+    for feature in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, feature, lambda: fast)
     dtypes, logits = set(), Llama.logits
     monkeypatch.setattr(Llama, "logits",
                         lambda llama, hidden: dtypes.add(hidden.dtype) or logits(llama, hidden))
     code, *_ = command("train", "--stage", 2, *parts, "--data", world, "--out", "run",
-                       "--dtype", "bfloat16", "--device", "cpu", "--max-steps", 2)
+                       "--device", "cpu", "--max-steps", 2, *flags)
     assert code == 0
-    assert dtypes == {torch.bfloat16 if fast else torch.float32}
-    saved = load_file("run/model.safetensors").values()
-    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+    assert dtypes == {computed}
+    assert {tensor.dtype for tensor in load_file("run/model.safetensors").values()} == {saved}
 
 
 @pytest.mark.parametrize("toy_width, flags, passes", [

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nanollava.infra import device
 from nanollava.infra.device import best_device, best_dtype, pick_compute_dtype, to_device
 from nanollava.infra.io import InputError
 
@@ -23,11 +24,14 @@ def test_cudnn_does_not_plan_attention_for_each_shape():
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """machine(amx=True), machine(capability=(7, 5)): what the CPU and the GPUs can do."""
 
-    def pretend(amx=False, capability=None):
+    def pretend(amx=False, avx512_bf16=False, maker="GenuineIntel", capability=None):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
         monkeypatch.setattr(torch.cuda, "get_device_capability",
                             {"cuda:1": capability, "cuda": capability}.__getitem__)
 
@@ -47,13 +51,18 @@ def test_default_dtype_is_the_fastest_that_the_gpu_has(machine, capability, gene
     assert pick_compute_dtype(generating, "cuda") == generating
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_cpu_computes_in_bfloat16_only_where_it_is_fast(machine, amx):
-    machine(amx=amx)
-    for device in ("cpu", "cpu:0"):
-        assert best_dtype(device) == best_dtype(device, generating=True) == (BF16 if amx else FP32)
-        assert pick_compute_dtype(BF16, device) == (BF16 if amx else FP32)
-        assert pick_compute_dtype(FP32, device) == pick_compute_dtype(FP16, device) == FP32
+@pytest.mark.parametrize("cpu, dtype", [
+    (dict(amx=True, avx512_bf16=True), BF16),  # a Xeon since Sapphire Rapids
+    (dict(avx512_bf16=True), FP32),  # Cooper Lake
+    (dict(avx512_bf16=True, maker="AuthenticAMD"), BF16),  # since Zen 4
+    (dict(maker="AuthenticAMD"), FP32),  # Zen 3
+    (dict(), FP32)])
+def test_cpu_computes_in_bfloat16_only_where_it_is_fast(machine, cpu, dtype):
+    machine(**cpu)
+    for name in ("cpu", "cpu:0"):
+        assert best_dtype(name) == best_dtype(name, generating=True) == dtype
+        assert pick_compute_dtype(BF16, name) == dtype
+        assert pick_compute_dtype(FP32, name) == pick_compute_dtype(FP16, name) == FP32
     assert best_dtype("cpu", "bfloat16") == BF16
 
 
