@@ -102,8 +102,8 @@ def add_training_flags(add) -> None:
         help="of a new toy world, a new projector, the order of the data (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the computation and the result; float16 is refused (default: bfloat16 on GPUs "
-        "since the A100 and RTX 30 and on CPUs with AMX or since Zen 4; else, and for a toy model, "
-        "float32)")
+        "since the A100 and RTX 30, CPUs with AMX and AMD's since Zen 4; float32 for toy models "
+        "and elsewhere)")
     add_device(add)
     add("--no-gradient-checkpointing", action="store_true",
         help="store the activations of all blocks: faster, more memory (toy models always do)")

@@ -17,10 +17,8 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 TOY_RUN, TOY_DATA = Path("runs/toy"), Path("data/toy")
 TOY_IMAGE = ASSETS.with_name("cat.jpg")
 
-PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3, dtype=None),  # the fastest dtype
-         2: dict(epochs=3, batch_size=32, lr=2e-5, dtype=None)}
-TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3, dtype="float32"),  # so small that it is as fast
-       2: dict(epochs=3, batch_size=8, lr=4e-4, dtype="float32")}
+PAPER = {1: dict(epochs=1, batch_size=128, lr=2e-3), 2: dict(epochs=3, batch_size=32, lr=2e-5)}
+TOY = {1: dict(epochs=1, batch_size=8, lr=4e-3), 2: dict(epochs=3, batch_size=8, lr=4e-4)}
 TOY_WORLD_EPOCHS = {1: 0.4, 2: 0.5}
 MAX_LENGTH = 2048  # tokens of a row, if the LLM reads as many
 TOY_WIDTH = 512  # an LLM with a smaller hidden size gets the defaults of TOY
@@ -84,7 +82,7 @@ class Settings:
     validate_every: int  # steps: save_every, or else 500 (toy: 250)
     seed: int
     device: str
-    dtype: str | None
+    dtype: str | None  # None: the fastest, see device.best_dtype
     gradient_checkpointing: bool
     compile: bool
 
@@ -123,6 +121,7 @@ def resolve_settings(arguments, stage: int, device: str = "cpu", world_size: int
         validate_every=arguments.save_every or (250 if is_toy else 500),
         workers=default_workers(device) if arguments.workers is None else arguments.workers,
         max_length=choose_max_length(arguments.max_length, llm_config["max_position_embeddings"]),
+        dtype=arguments.dtype or ("float32" if is_toy else None),  # as fast at this size, and exact
         gradient_checkpointing=not (is_toy or arguments.no_gradient_checkpointing)))
 
 
@@ -137,7 +136,7 @@ def read_llm_config(model: Path | None, vision_tower: Path | None, llm: Path | N
 
 
 def choose_defaults(arguments, stage: int, is_toy: bool, world_size: int) -> dict:
-    """epochs, batch_size, lr and dtype: as typed, or the defaults."""
+    """epochs, batch_size and lr: as typed, or the defaults."""
     defaults = dict((TOY if is_toy else PAPER)[stage])
     if is_toy and is_toy_world(arguments):
         defaults["epochs"] = TOY_WORLD_EPOCHS[stage]

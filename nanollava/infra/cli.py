@@ -101,7 +101,7 @@ def add_dtype(add) -> None:
     """The dtype of a model that generates, see `device.best_dtype`."""
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the weights and the computation (default: bfloat16 on GPUs since the A100 and RTX "
-        "30 and on CPUs with AMX or since Zen 4; float16 on the V100 and T4; else float32)")
+        "30, CPUs with AMX and AMD's since Zen 4; float16 on the V100 and T4; else float32)")
 
 
 def add_device(add) -> None:

@@ -30,16 +30,18 @@ def best_device(requested: str | None = None) -> str:
 
 
 def fast_in_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is faster than float32: on GPUs since the A100, CPUs with AMX, AMD's Zen 4.
+    """Whether bfloat16 is faster than float32.
 
-    AVX-512's bfloat16 is faster on AMD's CPUs, which have it since Zen 4, but runs at half the rate
-    on Intel's. Other CPUs emulate bfloat16, at a tenth of the rate.
+    It is on GPUs since the A100 and on CPUs with AMX. AVX-512's bfloat16 is faster than float32 on
+    AMD's CPUs, which have it since Zen 4, but runs at half the rate on Intel's. Other CPUs emulate
+    bfloat16, at a tenth of the rate.
     """
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.startswith("cpu") and (
-        torch.cpu._is_amx_tile_supported()
-        or torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in CPU_INFO.read_text())
+    if not device.startswith("cpu"):
+        return False
+    return torch.cpu._is_amx_tile_supported() or (
+        torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in CPU_INFO.read_text())
 
 
 def best_dtype(device: str, requested: str | None = None, generating=False) -> torch.dtype:
